@@ -1,0 +1,3 @@
+from cbq.cli import main
+
+main()

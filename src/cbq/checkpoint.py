@@ -1,0 +1,107 @@
+"""The result on disk: a Hugging Face folder with the fused weights, and what they are made of.
+
+`<folder>/` loads in plain transformers, weights only. `<folder>/cbq/quantized.safetensors` holds, for each quantized
+linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32, `X.zero_point` (O, G) uint8 and
+`X.act_multiplier` () float32; its metadata hold the scheme. The sub-folder keeps it out of sight of engines that read
+every safetensors file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
+
+Shapes: O out_features, I in_features, G groups a row.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cbq.errors import InputError
+from cbq.models.loading import LoadedModel, load_pretrained
+from cbq.quant.linear import FusedLinear
+from cbq.quant.quantizer import ActQuantizer
+from cbq.quant.scheme import QuantScheme
+
+QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
+FORMAT_VERSION = "1"
+
+
+def save_checkpoint(loaded: LoadedModel, scheme: QuantScheme, folder: Path) -> None:
+    """Write a finished model, all of whose block linears are fused, into `folder`."""
+    tensors, metadata_names = {}, []
+    for name, linear in fused_linears(loaded.model):
+        metadata_names.append(name)
+        if linear.integers is not None:
+            tensors[f"{name}.integers"] = linear.integers
+            tensors[f"{name}.weight_scale"] = linear.weight_scale
+            tensors[f"{name}.zero_point"] = linear.zero_point
+        if linear.act_quantizer is not None:
+            tensors[f"{name}.act_multiplier"] = linear.act_quantizer.range_multiplier.detach()
+    inside = tuple(f"{name}.{part}" for name in metadata_names for part in ("integers", "weight_scale", "zero_point"))
+    state = {
+        name: tensor
+        for name, tensor in loaded.model.state_dict().items()
+        if not name.startswith(inside) and ".act_quantizer." not in name
+    }
+    loaded.model.save_pretrained(folder, state_dict=state)
+    loaded.tokenizer.save_pretrained(folder)
+    file = folder / QUANTIZED_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format_version": FORMAT_VERSION, "scheme": json.dumps(asdict(scheme)), "linears": json.dumps(metadata_names)}
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file, metadata)
+
+
+def load_checkpoint(folder: str | Path) -> LoadedModel:
+    """Return the quantized model of a checkpoint, activation quantization included.
+
+    Its logits equal to the bit those of the model that was saved, on the same machine and device.
+
+    Args:
+        folder: the `checkpoint/` of a run.
+
+    Raises:
+        InputError: the folder is not a cbq checkpoint, or is damaged.
+
+    Example:
+        `cbq.load("outputs/run/checkpoint").model.generate(...)`
+    """
+    folder = Path(folder)
+    file = folder / QUANTIZED_FILE
+    if not file.is_file():
+        raise InputError(f"not a cbq checkpoint, {QUANTIZED_FILE} is missing: {folder}")
+    loaded = load_pretrained(str(folder))
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        scheme = QuantScheme(**json.loads(metadata["scheme"]))
+        names = json.loads(metadata["linears"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"damaged checkpoint, {file} cannot be read: {error}") from None
+    for name in names:
+        linear = loaded.model.get_submodule(name)
+        fused = FusedLinear(
+            integers=tensors.get(f"{name}.integers"),
+            weight_scale=tensors.get(f"{name}.weight_scale"),
+            zero_point=tensors.get(f"{name}.zero_point"),
+            weight=linear.weight.detach(),
+            bias=linear.bias,
+            act_quantizer=load_act_quantizer(scheme, tensors.get(f"{name}.act_multiplier")),
+        )
+        loaded.model.set_submodule(name, fused)
+    return loaded
+
+
+def load_act_quantizer(scheme: QuantScheme, multiplier: torch.Tensor | None) -> ActQuantizer | None:
+    """Return the activation quantizer with a stored multiplier (), or None where there is none."""
+    if multiplier is None:
+        return None
+    quantizer = ActQuantizer(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
+    quantizer.range_multiplier = nn.Parameter(multiplier, requires_grad=False)
+    return quantizer
+
+
+def fused_linears(model: nn.Module) -> list[tuple[str, FusedLinear]]:
+    """Return every fused linear of a model with its qualified name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FusedLinear)]

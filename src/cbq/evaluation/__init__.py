@@ -1,0 +1,1 @@
+"""Evaluation: what a quantized model has lost."""

@@ -1,0 +1,1 @@
+"""Models: where their blocks are, and how to load one. The only door to transformers."""

@@ -1,0 +1,235 @@
+"""A model with its tokenizer: the embedded one, a local folder, or a hub id. The only door to transformers.
+
+Safetensors only. Whatever is wrong with the files is one `InputError` before any work is done: transformers itself
+would fill in missing parameters with random numbers and go on.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cbq.errors import InputError
+from cbq.hub import fetch_snapshot, first_line
+from cbq.models.families import find_family, get_blocks, supported_types
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# No leading star before `.safetensors`: some repositories hold every weight a second time in another layout.
+HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja"]
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model, ready to be quantized: in eval mode, without gradients, without a key-value cache.
+
+    Args:
+        name: how results call it.
+        model: the model.
+        tokenizer: its tokenizer.
+        context: the most tokens that the model was made for.
+        prompt: the start of the sample texts.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    prompt: str
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The model's blocks, in order."""
+        return get_blocks(self.model)
+
+
+def embedded_folder(name: str) -> Path:
+    """Return the folder of a model that the package ships."""
+    return Path(__file__).resolve().parents[1] / name
+
+
+def load_embedded(name: str = "pico", dtype: str = "auto", prompt: str = "def ") -> LoadedModel:
+    """Load a model that the package ships: no network, no other file.
+
+    Args:
+        name: the model's folder in the package.
+        dtype: as in `load_pretrained`.
+        prompt: the start of the sample texts.
+
+    Raises:
+        InputError: there is no such model in the package, or the dtype is unknown.
+    """
+    if not (embedded_folder(name) / "config.json").is_file():
+        raise InputError(f"the package ships no model {name!r}; it ships 'pico'")
+    return _load_folder(embedded_folder(name), name, dtype, False, prompt)
+
+
+def load_pretrained(
+    path: str,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    prompt: str = "The ",
+) -> LoadedModel:
+    """Load a model from a local folder or from the hub.
+
+    Args:
+        path: a local folder, or a hub id such as `huggyllama/llama-7b`. What the hub cache has is not asked for again.
+        name: how results call it; the folder's name or the hub id if None.
+        revision: a branch, tag or commit of the hub id.
+        dtype: `auto` (the checkpoint's own, but float32 without a GPU), `float32`, `bfloat16` or `float16`.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        prompt: the start of the sample texts.
+
+    Raises:
+        InputError: no such folder; not on the hub, or no way to ask; a file is missing or corrupt; the architecture
+            is not supported; parameters or token ids do not fit the configuration; an unknown dtype.
+    """
+    folder = Path(path).expanduser()
+    if path and folder.is_dir():
+        return _load_folder(folder, name or folder.resolve().name, dtype, trust_remote_code, prompt)
+    if _looks_local(path):
+        raise InputError(f"model path {path!r} is not a folder; give a folder or a hub id such as huggyllama/llama-7b")
+    patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else HUB_PATTERNS
+    folder = fetch_snapshot(path, patterns, is_complete=lambda cached: _find_defect(cached) is None, revision=revision)
+    return _load_folder(folder, name or path, dtype, trust_remote_code, prompt)
+
+
+def _looks_local(path: str) -> bool:
+    """Return whether a path that is no folder was meant as one, rather than as a hub id.
+
+    Example:
+        >>> [_looks_local(path) for path in ("/data/llama", "~/llama", "a/b/c", "huggyllama/llama-7b")]
+        [True, True, True, False]
+    """
+    first = Path(path).parts[:1]
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or Path(*first).exists()
+
+
+def _find_defect(folder: Path) -> str | None:
+    """Return what a model folder lacks, or None: the files themselves, not yet their content."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    if (folder / WEIGHTS_INDEX).is_file():
+        try:
+            shards = set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return f"has a corrupt {WEIGHTS_INDEX}"
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            return f"lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names"
+    elif not (folder / WEIGHTS).is_file():
+        return f"has no {WEIGHTS} (and no {WEIGHTS_INDEX}); cbq reads safetensors only"
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return f"has no tokenizer ({', '.join(TOKENIZER_FILES)})"
+    return None
+
+
+def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, prompt: str) -> LoadedModel:
+    """Load a model and its tokenizer from a folder, and refuse what does not fit together."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if defect := _find_defect(folder):
+        raise InputError(f"model folder {folder} {defect}")
+    with _quiet_transformers():
+        config = _read_config(folder, trust_remote_code)
+        tokenizer = _read_tokenizer(folder, trust_remote_code)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        # Before the weights are read: seven billion of them take minutes.
+        if not 0 <= largest < config.vocab_size:
+            raise InputError(
+                f"tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} ids"
+            )
+        model = _read_model(folder, config, dtype, trust_remote_code)
+    model.config.use_cache = False
+    return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, config.max_position_embeddings, prompt)
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read config.json; the architecture must be one of the table's and its weights not quantized yet."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{folder}/config.json describes no model ({first_line(error)}); supported: {', '.join(supported_types())}"
+        ) from error
+    find_family(config)
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"the model in {folder} is quantized already; give the full-precision checkpoint")
+    return config
+
+
+def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a model folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a corrupt file
+        raise InputError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+
+
+def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Read the weights, all of which must be there, fit, and be used."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is not a safetensors file, or a truncated one: {first_line(error)}") from error
+    if dtype == "auto" and not torch.cuda.is_available():
+        dtype = "float32"
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # only so that they are listed below instead of a page of text
+        output_loading_info=True,
+    )
+    # Parameters of a block that nothing uses (biases, more blocks) mean that config.json describes another model.
+    # Position tables of old LLaMA checkpoints are no parameters.
+    blocks = find_family(config).blocks + "."
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
+    for problem, keys in (
+        ("lacks parameters", info["missing_keys"]),
+        ("has parameters of a wrong shape", [str(mismatch[0]) for mismatch in info["mismatched_keys"]]),
+        ("has parameters that config.json has no place for", [key for key in unexpected if key.startswith(blocks)]),
+    ):
+        names = sorted(keys)
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"the checkpoint in {folder} {problem}: {', '.join(names[:3])}{more}")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress bars and load reports: what matters of them is an error here."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

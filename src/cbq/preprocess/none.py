@@ -1,0 +1,17 @@
+"""No preprocessing ("w/o outlier pre-processing" of Table 3a)."""
+
+import torch
+from torch import nn
+
+
+class NoPreprocessing:
+    """Leaves the model as it came: the other end of every preprocessing ablation."""
+
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+        """Do nothing.
+
+        Args:
+            model: the language model, its linears in the full-precision state.
+            blocks: its blocks.
+            segments: calibration token ids, (N, T).
+        """

@@ -1,0 +1,171 @@
+"""Linears that compute in full precision, rounded to nearest, or with what was learned; and their finished form.
+
+Shapes: O out_features, I in_features, G groups a row.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cbq.quant.affine import dequantize_affine, to_groups
+from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
+from cbq.quant.rounding import Nearest, Rounding
+from cbq.quant.scheme import QuantScheme
+
+
+class LinearState(Enum):
+    """What a `QuantLinear` computes with."""
+
+    FULL_PRECISION = "full precision"
+    NEAREST = "round to nearest"
+    LEARNED = "learned"
+
+
+class QuantLinear(nn.Module):
+    """A linear whose weight and input can be quantized.
+
+    Full precision is a state, not a second copy of the weight; in it the output is bit-equal to `nn.Linear`'s.
+
+    Args:
+        linear: its weight and bias are shared, not copied.
+        scheme: bits and granularity.
+
+    Attributes:
+        rounding: how the weight is rounded in the learned state. `Nearest` until a solver puts its own there.
+    """
+
+    def __init__(self, linear: nn.Linear, scheme: QuantScheme) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.weight_quantizer: WeightQuantizer | None = None
+        self.act_quantizer: ActQuantizer | None = None
+        if scheme.quantizes_weights:
+            self.weight_quantizer = WeightQuantizer(
+                linear.weight.detach(), scheme.weight_bits, scheme.group_size, scheme.symmetric
+            )
+        if scheme.quantizes_activations:
+            self.act_quantizer = ActQuantizer(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
+        self.rounding: Rounding = Nearest(self.out_features, self.in_features)
+        self.state = LinearState.FULL_PRECISION
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., I) times the weight plus the bias, (..., O)."""
+        weight = self.weight
+        if self.state is LinearState.NEAREST:
+            x = self.act_quantizer.nearest(x) if self.act_quantizer else x
+            weight = self.weight_quantizer.nearest(weight).to(weight.dtype) if self.weight_quantizer else weight
+        elif self.state is LinearState.LEARNED:
+            x = self.act_quantizer(x) if self.act_quantizer else x
+            weight = self.weight_quantizer(weight, self.rounding).to(weight.dtype) if self.weight_quantizer else weight
+        return F.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def integers(self) -> torch.Tensor | None:
+        """Return the learned integers, (O, I) uint8, or None where the weight is not quantized."""
+        if self.weight_quantizer is None:
+            return None
+        integers = self.weight_quantizer.integers(self.weight, self.rounding, self.weight_quantizer.scale)
+        return integers.round().to(torch.uint8).flatten(1)
+
+    @torch.no_grad()
+    def changed_integers(self) -> tuple[int, int]:
+        """Return how many learned integers differ from round-to-nearest, and how many there are."""
+        if self.weight_quantizer is None:
+            return 0, 0
+        nearest = self.weight_quantizer.nearest_integers(self.weight).flatten(1)
+        return int((self.integers() != nearest).sum()), nearest.numel()
+
+
+class FusedLinear(nn.Module):
+    """A finished quantized linear: the integers, and the weight that they stand for.
+
+    Args:
+        integers: (O, I), uint8, or None where the weight is not quantized.
+        weight_scale: (O, G), float32, or None likewise.
+        zero_point: (O, G), uint8, or None likewise.
+        weight: (O, I). Replaced by what the integers stand for, in its dtype; kept where the weight is not quantized.
+        bias: (O,) or None.
+        act_quantizer: quantizes the input, or None.
+    """
+
+    def __init__(
+        self,
+        integers: torch.Tensor | None,
+        weight_scale: torch.Tensor | None,
+        zero_point: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        act_quantizer: ActQuantizer | None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("integers", integers)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("zero_point", zero_point)
+        if integers is not None:
+            groups = to_groups(integers.float(), self.in_features // weight_scale.shape[1])
+            dequantized = dequantize_affine(groups, weight_scale.unsqueeze(-1), zero_point.float().unsqueeze(-1))
+            weight = dequantized.flatten(1).to(weight.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+        self.act_quantizer = act_quantizer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., I), quantized, times the weight plus the bias, (..., O)."""
+        return F.linear(self.act_quantizer(x) if self.act_quantizer else x, self.weight, self.bias)
+
+
+def quantize_linears_(module: nn.Module, scheme: QuantScheme) -> None:
+    """Replace every `nn.Linear` below `module` by a `QuantLinear` in the full-precision state."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, QuantLinear(child, scheme))
+
+
+@torch.no_grad()
+def fuse(linear: QuantLinear) -> FusedLinear:
+    """Return the finished form of `linear`; its rounding must be hard."""
+    quantizer = linear.weight_quantizer
+    return FusedLinear(
+        integers=linear.integers(),
+        weight_scale=quantizer.scale.squeeze(-1).clone() if quantizer else None,
+        zero_point=quantizer.zero_point.squeeze(-1).to(torch.uint8) if quantizer else None,
+        weight=linear.weight.detach(),
+        bias=linear.bias,
+        act_quantizer=linear.act_quantizer,
+    )
+
+
+def fuse_linears_(module: nn.Module) -> None:
+    """Replace every `QuantLinear` below `module` by its `FusedLinear`."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantLinear):
+                setattr(parent, name, fuse(child))
+
+
+def quant_linears(modules: nn.Module | list[nn.Module]) -> list[QuantLinear]:
+    """Return every `QuantLinear` below `modules`, in order."""
+    modules = [modules] if isinstance(modules, nn.Module) else modules
+    return [child for module in modules for child in module.modules() if isinstance(child, QuantLinear)]
+
+
+@contextmanager
+def linear_state(modules: nn.Module | list[nn.Module], state: LinearState) -> Iterator[None]:
+    """Put every `QuantLinear` below `modules` into `state`, and back at the end."""
+    linears = quant_linears(modules)
+    before = [linear.state for linear in linears]
+    for linear in linears:
+        linear.state = state
+    try:
+        yield
+    finally:
+        for linear, old in zip(linears, before, strict=True):
+            linear.state = old

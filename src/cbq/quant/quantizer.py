@@ -1,0 +1,111 @@
+"""The learned step sizes: S_W of weights and S_X of activations (paper sections 3.1 and 5.1).
+
+Shapes: O out_features, I in_features, G groups a row, g group size, T tokens.
+"""
+
+import torch
+from torch import nn
+
+from cbq.errors import InputError
+from cbq.quant.affine import (
+    choose_qparams_affine,
+    dequantize_affine,
+    fake_quantize_affine,
+    quant_range,
+    quantize_affine,
+    to_groups,
+)
+from cbq.quant.rounding import Rounding
+
+SMALLEST_MULTIPLIER = 0.05  # a learned step size never reaches 0, where it would divide by 0 or flip sign
+
+
+class WeightQuantizer(nn.Module):
+    """Integers, scales and zero points of one weight.
+
+    Args:
+        weight: (O, I), any float dtype. Only its range is read.
+        bits: 2 to 8.
+        group_size: input features that share a scale; -1 for one scale a row.
+        symmetric: no zero point.
+
+    Raises:
+        InputError: `group_size` does not divide I.
+
+    Source: S_W of Eq. 5 and 9.
+    Note: S_W is learned as a multiplier on the initial scale, starting at 1, so that one learning rate means the same
+        for every model (METHOD 3).
+    """
+
+    def __init__(self, weight: torch.Tensor, bits: int, group_size: int = -1, symmetric: bool = False) -> None:
+        super().__init__()
+        if group_size != -1 and weight.shape[1] % group_size:
+            raise InputError(f"quant.group_size must divide the {weight.shape[1]} input features, got {group_size}")
+        self.bits = bits
+        self.group_size = group_size
+        self.quant_min, self.quant_max = quant_range(bits)
+        scale, zero_point = choose_qparams_affine(to_groups(weight, group_size), bits, symmetric)
+        self.register_buffer("initial_scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.scale_multiplier = nn.Parameter(torch.ones_like(scale))
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The learned weight_scale, (O, G, 1), float32, positive."""
+        return self.initial_scale * self.scale_multiplier.clamp_min(SMALLEST_MULTIPLIER)
+
+    def integers(self, weight: torch.Tensor, rounding: Rounding, scale: torch.Tensor) -> torch.Tensor:
+        """Return the integers of `weight` (O, I) as floats (O, G, g), differentiable in the scale and the rounding."""
+        values = rounding(to_groups(weight.float(), self.group_size), self.initial_scale, scale)
+        return (values + self.zero_point).clamp(self.quant_min, self.quant_max)
+
+    def nearest_integers(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the integers of round-to-nearest at the initial scale, (O, G, g)."""
+        groups = to_groups(weight.float(), self.group_size)
+        return quantize_affine(groups, self.initial_scale, self.zero_point, self.quant_min, self.quant_max)
+
+    def forward(self, weight: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        """Return `weight` (O, I) quantized and dequantized, float32."""
+        scale = self.scale
+        return dequantize_affine(self.integers(weight, rounding, scale), scale, self.zero_point).flatten(1)
+
+    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return `weight` (O, I) rounded to nearest at the initial scale, float32."""
+        return dequantize_affine(self.nearest_integers(weight), self.initial_scale, self.zero_point).flatten(1)
+
+
+class ActQuantizer(nn.Module):
+    """Quantizes activations per token, each token's range found anew, times one learned multiplier.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: no zero point.
+        denominator: see `choose_qparams_affine`.
+
+    Source: S_X of Eq. 5 and 9; per-token granularity of section 5.1.
+    Note: with a dynamic range there is no fixed step size to learn, so S_X is a multiplier on each token's step size,
+        one a linear, starting at 1 (METHOD 4).
+    """
+
+    def __init__(self, bits: int, symmetric: bool = False, denominator: float | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.symmetric = symmetric
+        self.denominator = denominator
+        self.quant_min, self.quant_max = quant_range(bits)
+        self.range_multiplier = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., T, I) quantized and dequantized, in its own dtype."""
+        return self.quantize(x, self.range_multiplier.clamp_min(SMALLEST_MULTIPLIER))
+
+    def nearest(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., T, I) quantized with each token's full range, as without learning."""
+        return self.quantize(x, torch.ones_like(self.range_multiplier))
+
+    def quantize(self, x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        """Return x (..., T, I) quantized and dequantized with step sizes `multiplier` times those of its range."""
+        with torch.no_grad():
+            scale, zero_point = choose_qparams_affine(x, self.bits, self.symmetric, self.denominator)
+        scale = scale * multiplier
+        return fake_quantize_affine(x.float(), scale, zero_point, self.quant_min, self.quant_max).to(x.dtype)

@@ -1,0 +1,263 @@
+"""How weights are rounded: the axis of the paper's tables 3b and 12.
+
+A rounding turns a weight in units of its scale into integers. Methods differ here and nowhere else:
+
+- the sigmoid kinds (`LoRARounding`, the paper's; `AdaRound`) take floor(W / s) + Delta_W, with Delta_W in [0, 1] by
+  Eq. 8, pushed to 0 or 1 by Eq. 12 and hardened late in a window;
+- the straight-through kinds (`LoRASTE`, `DenseSTE`) take round(W / s + offset) with an offset in [-0.5, 0.5]:
+  integers from the first step on, nothing to harden.
+
+Shapes: O out_features, I in_features, R rank, G groups a row, g group size (G * g = I).
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from cbq.errors import InputError
+from cbq.quant.affine import round_ste
+
+ZETA = 1.1
+GAMMA = -0.1
+
+
+def rectified_sigmoid(rounding_logits: torch.Tensor) -> torch.Tensor:
+    """Return Clip(Sigmoid(V)(zeta - gamma) + gamma, 0, 1).
+
+    Example:
+        >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+
+    Source: Eq. 8.
+    """
+    return (torch.sigmoid(rounding_logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def shifted_rectified_sigmoid(fraction: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Return Eq. 8 at V0 + shift, where V0 is the frozen point at which Eq. 8 gives `fraction`.
+
+    sigmoid(logit(p) + shift) = p / (p + (1 - p) exp(-shift)): V0 itself is never computed or stored.
+
+    Args:
+        fraction: values in [0, 1), what rounding down would lose.
+        shift: learned, same shape, 0 at the start.
+
+    Example:
+        >>> shifted_rectified_sigmoid(torch.tensor([0.25]), torch.tensor([0.0]))
+        tensor([0.2500])
+
+    Note: the paper starts at V = A1 A2 = 0, which by Eq. 8 is 0.5 everywhere: neither full precision nor
+        round-to-nearest. Starting at V0 is AdaRound's way (METHOD 1).
+    """
+    p = (fraction - GAMMA) / (ZETA - GAMMA)
+    return (p / (p + (1 - p) * torch.exp(-shift)) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def compensation_loss(rounding_values: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
+    """Return the mean over elements of 1 - |2 Delta_W - 1|^beta: 0 when every value is 0 or 1, at most 1.
+
+    Example:
+        >>> compensation_loss(torch.tensor([0.0, 0.5, 1.0, 0.5]), beta=2.0)
+        tensor(0.5000)
+
+    Source: Eq. 12.
+    Note: a mean instead of the printed sum, so that its weight in Eq. 13 does not depend on the model's width.
+    """
+    return (1 - (2 * rounding_values - 1).abs().pow(beta)).mean()
+
+
+class Rounding(nn.Module):
+    """How one linear's weight is rounded: the interface of every kind.
+
+    Args:
+        learning_rate: Adam's rate for this rounding's parameters.
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+
+    def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return the rounded values of a weight, before the zero point and the clipping.
+
+        Args:
+            groups: the full-precision weight, (O, G, g), float32.
+            initial_scale: (O, G, 1), before learning.
+            scale: (O, G, 1), the learned weight_scale.
+
+        Returns:
+            (O, G, g), integers (or, for the sigmoid kinds before hardening, values between two integers).
+        """
+        raise AssertionError("each kind defines its own")
+
+    def penalty(self, beta: float) -> torch.Tensor | None:
+        """Return the compensation loss of the last forward's values, or None where there is nothing to regularize."""
+        return None
+
+    def harden_(self) -> None:
+        """Make every following forward return integers; gradients pass straight through."""
+
+    def soften_(self) -> None:
+        """Undo `harden_`: a block in the overlap of two windows is learned again."""
+
+
+class Nearest(Rounding):
+    """Round to nearest on the grid of the learned scale: nothing to learn.
+
+    Args:
+        out_features: O.
+        in_features: I.
+
+    Source: "w/o Rounding" of Table 3b.
+    """
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(learning_rate=0.0)
+
+    def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return round_ste(groups / scale)
+
+
+class SigmoidRounding(Rounding):
+    """floor(W / s) + Delta_W, where s is the initial scale.
+
+    Note: floor(W / s) would jump when s moves, so floor and V0 stay at the initial scale and the learned scale is the
+        dequantization factor (METHOD 3).
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        super().__init__(learning_rate)
+        self.hard = False
+        self.last_values: torch.Tensor | None = None
+
+    def rounding_logits(self) -> torch.Tensor:
+        """Return the learned V - V0, (O, I)."""
+        raise AssertionError("each kind defines its own")
+
+    def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        steps = groups / initial_scale
+        low = steps.floor()
+        values = shifted_rectified_sigmoid(steps - low, self.rounding_logits().view_as(groups))
+        if self.hard:  # the late phase at the end of section 3.2
+            return low + round_ste(values)
+        self.last_values = values if values.requires_grad else None
+        return low + values
+
+    def penalty(self, beta: float) -> torch.Tensor | None:
+        values, self.last_values = self.last_values, None
+        return None if values is None else compensation_loss(values, beta)
+
+    def harden_(self) -> None:
+        self.hard, self.last_values = True, None
+
+    def soften_(self) -> None:
+        self.hard = False
+
+
+class AdaRound(SigmoidRounding):
+    """Eq. 8 with one logit a weight.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        learning_rate: of the logits.
+
+    Source: Eq. 8, 9 and 12 ("w/ Adarounding" and "w/ Rounding" of Table 3b).
+    """
+
+    def __init__(self, out_features: int, in_features: int, learning_rate: float) -> None:
+        super().__init__(learning_rate)
+        self.logits = nn.Parameter(torch.zeros(out_features, in_features))
+
+    def rounding_logits(self) -> torch.Tensor:
+        return self.logits
+
+
+class LoRARounding(SigmoidRounding):
+    """The paper's LoRA-Rounding: Eq. 8 with logits V0 + A1 A2.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        learning_rate: of A1 and A2; the paper's is 1e-4.
+        rank: R, 1 to min(O, I); a larger one is cut down to it.
+
+    Source: Eq. 8, 11 and 12.
+    """
+
+    def __init__(self, out_features: int, in_features: int, learning_rate: float, rank: int = 5) -> None:
+        super().__init__(learning_rate)
+        self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
+
+    def rounding_logits(self) -> torch.Tensor:
+        return self.a1 @ self.a2
+
+
+class StraightThroughRounding(Rounding):
+    """round(W / s + offset), on the grid of the learned scale s."""
+
+    def offset(self) -> torch.Tensor:
+        """Return the learned offset in units of the scale, (O, I), before clipping."""
+        raise AssertionError("each kind defines its own")
+
+    def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return round_ste(groups / scale + self.offset().view_as(groups).clamp(-0.5, 0.5))
+
+
+class DenseSTE(StraightThroughRounding):
+    """round(W / s + offset), one offset a weight.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        learning_rate: of the offsets.
+
+    Note: not in the paper. The dense form of METHOD 2; in our measurements the strongest kind.
+    """
+
+    def __init__(self, out_features: int, in_features: int, learning_rate: float) -> None:
+        super().__init__(learning_rate)
+        self.offset_values = nn.Parameter(torch.zeros(out_features, in_features))
+
+    def offset(self) -> torch.Tensor:
+        return self.offset_values
+
+
+class LoRASTE(StraightThroughRounding):
+    """round(W / s + A1 A2), discrete from the first step on.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        learning_rate: of A1 and A2.
+        rank: R, 1 to min(O, I); a larger one is cut down to it.
+
+    Note: not in the paper. A low-rank V cannot saturate the sigmoid of every element, so hardening jumps back
+        towards round-to-nearest; a straight-through offset has nothing to saturate (METHOD 2).
+    """
+
+    def __init__(self, out_features: int, in_features: int, learning_rate: float, rank: int = 5) -> None:
+        super().__init__(learning_rate)
+        self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
+
+    def offset(self) -> torch.Tensor:
+        return self.a1 @ self.a2
+
+
+def low_rank_factors(out_features: int, in_features: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return A_1 (O, R), Gaussian, and A_2 (R, I), zero, so that A_1 A_2 starts at zero.
+
+    Raises:
+        InputError: rank is not an integer of at least 1.
+
+    Source: Eq. 11.
+    Note: the paper prints no variance. 1 / R keeps the size of A_1 A_2 independent of the rank.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise InputError(f"rounding.rank must be an integer of at least 1, got {rank!r}")
+    rank = min(rank, out_features, in_features)
+    return (
+        nn.Parameter(torch.randn(out_features, rank) / math.sqrt(rank)),
+        nn.Parameter(torch.zeros(rank, in_features)),
+    )

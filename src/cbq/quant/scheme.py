@@ -1,0 +1,76 @@
+"""What is quantized to how many bits: the axis of the paper's tables 1, 2, 6, 13 and 14."""
+
+from dataclasses import dataclass
+
+from cbq.errors import InputError
+
+FULL_PRECISION_BITS = 16
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Bits, granularity and symmetry of the weights and activations of every linear in a block.
+
+    Args:
+        weight_bits: 2 to 8, or 16 (not quantized).
+        act_bits: 2 to 8, or 16 (not quantized). Activations are quantized per token, with a range found anew for
+            each token.
+        group_size: input features that share a weight scale; -1 is per output channel, the paper's setting.
+        symmetric: weights without a zero point.
+        act_symmetric: activations without a zero point.
+        act_denominator: symmetric activations: absmax / act_denominator is the scale; 2^(act_bits - 1) - 0.5 when
+            None, or 2^(act_bits - 1) - 1.
+
+    Raises:
+        InputError: a value is out of range.
+
+    Example:
+        >>> QuantScheme(weight_bits=4, act_bits=8).label
+        'W4A8'
+        >>> QuantScheme(weight_bits=2, act_bits=16, group_size=64).label
+        'W2A16g64'
+
+    Source: section 5.1.
+    """
+
+    weight_bits: int
+    act_bits: int
+    group_size: int = -1
+    symmetric: bool = False
+    act_symmetric: bool = False
+    act_denominator: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "act_bits"):
+            bits = getattr(self, name)
+            if isinstance(bits, bool) or bits not in (*range(2, 9), FULL_PRECISION_BITS):
+                raise InputError(f"quant.{name} must be 2 to 8, or 16 for full precision, got {bits!r}")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise InputError(f"quant.group_size must be an integer, got {self.group_size!r}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise InputError(f"quant.group_size must be -1 (per channel) or at least 1, got {self.group_size}")
+        for name in ("symmetric", "act_symmetric"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"quant.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.act_denominator is not None:
+            half = 2 ** (self.act_bits - 1)
+            if not self.act_symmetric or self.act_bits == FULL_PRECISION_BITS:
+                raise InputError("quant.act_denominator needs quant.act_symmetric=true and quant.act_bits below 16")
+            if self.act_denominator not in (half - 1, half - 0.5):
+                raise InputError(f"quant.act_denominator must be {half - 1} or {half - 0.5}, got {self.act_denominator}")
+
+    @property
+    def label(self) -> str:
+        """The field's short name, with the group size where there are groups."""
+        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        return f"W{self.weight_bits}A{self.act_bits}{group}"
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether weights are quantized at all."""
+        return self.weight_bits != FULL_PRECISION_BITS
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are quantized at all."""
+        return self.act_bits != FULL_PRECISION_BITS

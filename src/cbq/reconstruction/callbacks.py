@@ -1,0 +1,105 @@
+"""What changes over the steps of a window, and what is recorded of them."""
+
+import math
+from collections.abc import Callable
+
+import lightning as L
+import torch
+
+from cbq.errors import InputError
+from cbq.reconstruction.module import WindowModule
+
+
+class BetaAnnealing(L.Callback):
+    """Anneals the beta of Eq. 12 from high, which moves only values near 0 and 1, to low, which moves all.
+
+    Args:
+        beta_start: at the end of the warm-up.
+        beta_end: when hard rounding starts.
+        warmup: share of the steps, from the first on, without compensation loss.
+        stop: share of the steps at which beta_end is reached.
+
+    Source: section 3.2, "following Nagel et al."; the paper prints no values: AdaRound's own are 20, 2 and 0.2.
+    """
+
+    def __init__(self, beta_start: float = 20.0, beta_end: float = 2.0, warmup: float = 0.2, stop: float = 1.0) -> None:
+        if not beta_start >= beta_end > 0:
+            raise InputError(f"reconstruction: beta_start >= beta_end > 0 is needed, got {beta_start} and {beta_end}")
+        if not 0 <= warmup < stop <= 1:
+            raise InputError(f"reconstruction: 0 <= warmup < hard_start <= 1 is needed, got {warmup} and {stop}")
+        self.beta_start, self.beta_end, self.warmup, self.stop = beta_start, beta_end, warmup, stop
+
+    def beta(self, progress: float) -> float | None:
+        """Return beta at `progress`, the share of the steps done, or None in the warm-up.
+
+        Example:
+            >>> BetaAnnealing(warmup=0.0).beta(0.5)
+            11.0
+        """
+        if progress < self.warmup:
+            return None
+        position = min(1.0, (progress - self.warmup) / (self.stop - self.warmup))
+        return self.beta_end + (self.beta_start - self.beta_end) * 0.5 * (1 + math.cos(math.pi * position))
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: WindowModule, batch: object, batch_index: int) -> None:
+        module.beta = self.beta(trainer.global_step / trainer.max_steps)
+
+
+class HardRounding(L.Callback):
+    """Makes every rounding hard in the late steps, so that the step sizes adapt to the integers that will stay.
+
+    Args:
+        start: share of the steps after which rounding is hard.
+
+    Source: end of section 3.2, Delta_W = round(Delta_W) "in the later phase"; the paper does not print when.
+    """
+
+    def __init__(self, start: float = 2 / 3) -> None:
+        if not 0 < start <= 1:
+            raise InputError(f"reconstruction.hard_start must be above 0 and at most 1, got {start}")
+        self.start = start
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: WindowModule, batch: object, batch_index: int) -> None:
+        if trainer.global_step >= self.start * trainer.max_steps:
+            for rounding in module.roundings:
+                rounding.harden_()
+
+
+class WindowCurves(L.Callback):
+    """Records every step's losses, beta and learning rates, on one step axis over the whole run.
+
+    Values stay on the device until the window ends: a step never waits for the GPU to be read.
+
+    Args:
+        record: takes a window's rows: each a dict of metric name to number.
+    """
+
+    def __init__(self, record: Callable[[list[dict[str, float]]], None]) -> None:
+        self.record = record
+        self.step = 0
+        self.window = -1
+        self.rows: list[dict[str, float]] = []
+        self.losses: list[torch.Tensor] = []
+        self.names: list[str] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: WindowModule) -> None:
+        self.window += 1
+        self.rows, self.losses, self.names = [], [], []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer) -> None:
+        rates = zip(module.groups, optimizer.param_groups, strict=True)
+        row = {"cbq_step": self.step, "window": self.window} | {f"lr/{name}": group["lr"] for name, group in rates}
+        self.rows.append(row if module.beta is None else row | {"beta": module.beta})
+        self.step += 1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: WindowModule, outputs: object, batch: object, batch_index: int
+    ) -> None:
+        self.names = list(module.losses)
+        self.losses.append(torch.stack([value.float().to(outputs["loss"].device) for value in module.losses.values()]))
+
+    def on_fit_end(self, trainer: L.Trainer, module: WindowModule) -> None:
+        losses = torch.stack(self.losses).tolist()
+        for row, values in zip(self.rows, losses, strict=True):
+            row.update(zip(self.names, values, strict=True))
+        self.record(self.rows)

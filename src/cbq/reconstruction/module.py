@@ -1,0 +1,133 @@
+"""One sliding window as a LightningModule (paper Eq. 13).
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import nn
+
+from cbq.activations import ActivationCache
+from cbq.quant.linear import quant_linears
+from cbq.reconstruction.losses import ReconstructionLoss
+from cbq.reconstruction.windows import Window
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Adam's rates of the step sizes; a rounding brings its own. 0 does not learn.
+
+    Args:
+        weight_scale: of the multiplier on S_W.
+        act_scale: of the multiplier on S_X.
+
+    Source: section 5.1.
+    """
+
+    weight_scale: float = 1e-3
+    act_scale: float = 1e-4
+
+
+class WindowModule(L.LightningModule):
+    """The quantized blocks of one window, and the total loss that teaches them.
+
+    There is no teacher inside: targets come with the batch, from the cache's full-precision stream. `parameters()` is
+    exactly what the window learns.
+
+    Args:
+        window: which blocks.
+        cache: runs them with the arguments that the model would pass.
+        loss: the reconstruction loss.
+        compensation_weight: the gamma of Eq. 13.
+        learning_rates: of the step sizes.
+        homologous_weight: weight of a second reconstruction term whose target is the full-precision blocks on the
+            quantized stream; 0 leaves it out.
+
+    Attributes:
+        beta: the exponent of Eq. 12, or None while the compensation loss is off. Set by `BetaAnnealing`.
+        losses: the last step's loss terms by logged name, detached, on the device.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        cache: ActivationCache,
+        loss: ReconstructionLoss,
+        compensation_weight: float,
+        learning_rates: LearningRates,
+        homologous_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.cache = cache
+        self.loss = loss
+        self.compensation_weight = compensation_weight
+        self.homologous_weight = homologous_weight
+        self.beta: float | None = None
+        self.losses: dict[str, torch.Tensor] = {}
+        # The blocks stay out of this module's registry: `parameters()` holds nothing frozen, and Lightning's move to
+        # the CPU after a fit leaves their weights where they are.
+        self.linears = tuple(quant_linears(list(cache.blocks[window.start : window.stop])))
+        self.roundings = tuple(
+            linear.rounding
+            for linear in quant_linears(list(cache.blocks[window.rounding_start : window.stop]))
+            if linear.weight_quantizer is not None
+        )
+        self.groups = self._parameter_groups(learning_rates)
+        self.learned = nn.ParameterList([p for group in self.groups.values() for p in group["params"]])
+
+    def _parameter_groups(self, learning_rates: LearningRates) -> dict[str, dict]:
+        """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
+        weight_quantizers = [linear.weight_quantizer for linear in self.linears if linear.weight_quantizer]
+        act_quantizers = [linear.act_quantizer for linear in self.linears if linear.act_quantizer]
+        rounding_rate = self.roundings[0].learning_rate if self.roundings else 0.0
+        groups = {
+            "weight_scale": ([q.scale_multiplier for q in weight_quantizers], learning_rates.weight_scale),
+            "act_scale": ([q.range_multiplier for q in act_quantizers], learning_rates.act_scale),
+            "rounding": ([p for rounding in self.roundings for p in rounding.parameters()], rounding_rate),
+        }
+        return {name: {"params": params, "lr": rate} for name, (params, rate) in groups.items() if params and rate}
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the window's output (B, T, D) for its input (B, T, D)."""
+        return self.cache.run_blocks(self.window.start, self.window.stop, hidden)
+
+    def compensation_loss(self) -> torch.Tensor | float:
+        """Return the compensation losses of the last forward, averaged over the window's linears; 0 while it is off."""
+        if self.beta is None:
+            return 0.0
+        penalties = [rounding.penalty(self.beta) for rounding in self.roundings]
+        penalties = [penalty for penalty in penalties if penalty is not None]
+        return sum(penalties) / len(penalties) if penalties else 0.0
+
+    def training_step(self, batch: list[torch.Tensor], batch_index: int) -> torch.Tensor:
+        """Return the total loss of a batch: input (B, T, D), target (B, T, D), and the homologous target if any.
+
+        Source: Eq. 13.
+        """
+        hidden, target, *homologous = batch
+        output = self(hidden)
+        reconstruction_loss, terms = self.loss(target, output)
+        if homologous:
+            second, second_terms = self.loss(homologous[0], output)
+            reconstruction_loss = reconstruction_loss + self.homologous_weight * second
+            terms |= {f"homologous_{name}": term for name, term in second_terms.items()}
+        compensation_loss = self.compensation_loss()
+        total_loss = reconstruction_loss + self.compensation_weight * compensation_loss
+        self.losses = {f"loss/{name}": term.detach() for name, term in terms.items()} | {
+            "loss/rec": reconstruction_loss.detach(),
+            "loss/com": torch.as_tensor(compensation_loss).detach(),
+            "loss/total": total_loss.detach(),
+        }
+        return total_loss
+
+    def configure_optimizers(self) -> dict:
+        """Return Adam with a cosine schedule over all steps of the window.
+
+        Source: section 5.1 (CosineAnnealingLR).
+        """
+        optimizer = torch.optim.Adam(list(self.groups.values()))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,236 @@
+"""How a window is solved: by gradients (`Reconstruction`), or not at all (`NoReconstruction`)."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from cbq.activations import ActivationCache, autocast
+from cbq.errors import InputError
+from cbq.quant.linear import LinearState, QuantLinear, linear_state, quant_linears
+from cbq.quant.rounding import Rounding
+from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
+from cbq.reconstruction.losses import ReconstructionLoss
+from cbq.reconstruction.module import LearningRates, WindowModule
+from cbq.reconstruction.windows import Window
+
+MEASURED_SEGMENTS = 32  # a window's loss is reported on this many of its segments
+
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.ERROR)  # one "GPU available" banner a window
+
+
+@dataclass
+class WindowResult:
+    """What became of a window; losses are reconstruction losses with hard rounding.
+
+    Args:
+        start: first block.
+        stop: one past the last block.
+        rec_loss_first: before the window was solved.
+        rec_loss_last: after.
+        rec_loss_rtn: rounded to nearest at the initial step sizes.
+        changed_integers: share of the window's integers that differ from round-to-nearest.
+        wall_time_seconds: for solving, measuring included.
+        guard: what the guard did, or None.
+    """
+
+    start: int
+    stop: int
+    rec_loss_first: float
+    rec_loss_last: float
+    rec_loss_rtn: float
+    changed_integers: float
+    wall_time_seconds: float
+    guard: str | None = None
+
+
+class NoReconstruction:
+    """Solves nothing: every linear is rounded to nearest (the upper half of Table 3a)."""
+
+    def __init__(self, loss: ReconstructionLoss) -> None:
+        self.loss = loss
+
+    def steps(self, num_segments: int) -> int:
+        """Return how many optimizer steps a window takes."""
+        return 0
+
+    def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
+        """Put the window's linears into the learned state, with nothing learned."""
+        began = time.perf_counter()
+        targets = cache.advance_full_precision(window.stop)
+        for linear in window_linears(window, cache):
+            linear.state = LinearState.LEARNED
+        loss = measure(window, cache, targets, self.loss)
+        return WindowResult(window.start, window.stop, loss, loss, loss, 0.0, time.perf_counter() - began)
+
+
+class Reconstruction:
+    """Learns a window's step sizes and rounding by gradient descent on its reconstruction loss.
+
+    Args:
+        loss: Eq. 7.
+        rounding: makes a linear's rounding from its out_features and in_features.
+        learning_rates: of S_W and S_X.
+        epochs: passes over the calibration segments, a window.
+        batch_size: segments a step.
+        compensation_weight: the gamma of Eq. 13.
+        beta_start: see `BetaAnnealing`.
+        beta_end: see `BetaAnnealing`.
+        warmup: see `BetaAnnealing`.
+        hard_start: share of the steps after which rounding is hard; beta reaches beta_end there.
+        homologous_weight: see `WindowModule`.
+        restart: learn a block in an overlap anew instead of going on from what the previous window learned.
+        seed: of the order of the segments.
+
+    Raises:
+        InputError: a value is out of range.
+
+    Source: section 5.1 for the values that the paper prints.
+    """
+
+    def __init__(
+        self,
+        loss: ReconstructionLoss,
+        rounding: Callable[[int, int], Rounding],
+        learning_rates: LearningRates,
+        epochs: int = 3,
+        batch_size: int = 1,
+        compensation_weight: float = 1.0,
+        beta_start: float = 20.0,
+        beta_end: float = 2.0,
+        warmup: float = 0.2,
+        hard_start: float = 2 / 3,
+        homologous_weight: float = 0.0,
+        restart: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for key, value in {"epochs": epochs, "batch_size": batch_size}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"reconstruction.{key} must be an integer of at least 1, got {value!r}")
+        for key, value in {
+            "reconstruction.compensation_weight": compensation_weight,
+            "reconstruction.homologous_weight": homologous_weight,
+            "reconstruction.learning_rates.weight_scale": learning_rates.weight_scale,
+            "reconstruction.learning_rates.act_scale": learning_rates.act_scale,
+            "rounding.learning_rate": rounding(1, 1).learning_rate,  # a wrong option speaks up before any work
+        }.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise InputError(f"{key} must be a number of at least 0, got {value!r}")
+        self.loss = loss
+        self.rounding = rounding
+        self.learning_rates = learning_rates
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.compensation_weight = compensation_weight
+        self.homologous_weight = homologous_weight
+        self.restart = restart
+        self.seed = seed
+        self.hardening = HardRounding(hard_start)
+        self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
+        self.prepared: set[QuantLinear] = set()
+
+    def steps(self, num_segments: int) -> int:
+        """Return how many optimizer steps a window takes."""
+        return self.epochs * -(-num_segments // self.batch_size)
+
+    def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
+        """Learn the window's blocks; their roundings end hard, their linears in the learned state.
+
+        Args:
+            window: which blocks.
+            cache: its quantized stream must be at window.start, and its full-precision one not past window.stop.
+            callbacks: listeners of the fit.
+        """
+        began = time.perf_counter()
+        assert cache.quantized_at == window.start, "the quantized stream is the window's input"
+        targets = cache.advance_full_precision(window.stop)
+        linears = window_linears(window, cache)
+        self._prepare(linears)
+        first = measure(window, cache, targets, self.loss)
+        with linear_state(linears, LinearState.NEAREST):
+            nearest = measure(window, cache, targets, self.loss)
+        module = WindowModule(
+            window, cache, self.loss, self.compensation_weight, self.learning_rates, self.homologous_weight
+        )
+        if module.groups:
+            self._fit(module, targets, callbacks)
+        for linear in linears:
+            linear.rounding.harden_()
+        last = measure(window, cache, targets, self.loss)
+        changed, total = map(sum, zip(*(linear.changed_integers() for linear in linears), strict=True))
+        return WindowResult(
+            start=window.start,
+            stop=window.stop,
+            rec_loss_first=first,
+            rec_loss_last=last,
+            rec_loss_rtn=nearest,
+            changed_integers=changed / max(total, 1),
+            wall_time_seconds=time.perf_counter() - began,
+        )
+
+    def _prepare(self, linears: list[QuantLinear]) -> None:
+        """Give each linear that is new to reconstruction its rounding; the others go on from what they learned."""
+        for linear in linears:
+            if linear.weight_quantizer is not None and (self.restart or linear not in self.prepared):
+                linear.rounding = self.rounding(linear.out_features, linear.in_features).to(linear.weight.device)
+                torch.nn.init.ones_(linear.weight_quantizer.scale_multiplier)
+            if linear.act_quantizer is not None and self.restart:
+                torch.nn.init.ones_(linear.act_quantizer.range_multiplier)
+            linear.state = LinearState.LEARNED
+            linear.rounding.harden_()
+            linear.requires_grad_(False)
+            self.prepared.add(linear)
+
+    def _fit(self, module: WindowModule, targets: torch.Tensor, callbacks: list[L.Callback]) -> None:
+        """Fit one window with a Trainer of its own."""
+        window, cache = module.window, module.cache
+        streams = [cache.quantized, targets]
+        if self.homologous_weight:
+            with linear_state(list(module.linears), LinearState.FULL_PRECISION):
+                streams.append(cache.map_stream(window.start, window.stop, cache.quantized))
+        order = torch.Generator().manual_seed(self.seed * 100_003 + window.start)
+        loader = DataLoader(TensorDataset(*streams), self.batch_size, shuffle=True, generator=order)
+        for rounding in module.roundings:
+            rounding.soften_()
+        module.learned.requires_grad_(True)
+        device = targets.device
+        trainer = L.Trainer(
+            accelerator=device.type if device.type != "cuda" else "gpu",
+            devices=1 if device.type != "cuda" else [device.index or 0],
+            precision="bf16-mixed" if device.type == "cuda" else "32-true",
+            max_steps=self.steps(len(cache)),
+            callbacks=[self.annealing, self.hardening, *callbacks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        with warnings.catch_warnings():
+            # Tensors in memory need no loader workers.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            trainer.fit(module, loader)
+        module.learned.requires_grad_(False)
+        module.learned.to(device)  # Lightning moves what it trained to the CPU
+
+
+def window_linears(window: Window, cache: ActivationCache) -> list[QuantLinear]:
+    """Return the quantized linears of the window's blocks."""
+    return quant_linears(list(cache.blocks[window.start : window.stop]))
+
+
+@torch.no_grad()
+def measure(window: Window, cache: ActivationCache, targets: torch.Tensor, loss: ReconstructionLoss) -> float:
+    """Return the window's reconstruction loss over the first `MEASURED_SEGMENTS` segments, in its present state."""
+    total, count = 0.0, 0
+    hidden, targets = cache.quantized[:MEASURED_SEGMENTS], targets[:MEASURED_SEGMENTS]
+    for batch, target in zip(hidden.split(cache.batch_size), targets.split(cache.batch_size), strict=True):
+        with autocast(batch.device):
+            total += loss(target, cache.run_blocks(window.start, window.stop, batch))[0].item() * len(batch)
+        count += len(batch)
+    return total / count

@@ -1,0 +1,1 @@
+"""What a user sees of a run: progress while it works and a summary at its end."""

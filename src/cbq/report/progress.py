@@ -1,0 +1,150 @@
+"""One progress display over all windows of a run, which outlives the many `Trainer.fit` calls."""
+
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from cbq.cost import format_duration
+
+READ_SECONDS = 0.5  # at most this often a loss is read: on a GPU, reading waits for the work in flight
+LINE_SECONDS = 30.0  # a log of plain lines shows that a long window is alive
+
+
+class WindowProgress(L.Callback):
+    """Shows window, blocks, loss and time left: one bar on a terminal, plain lines anywhere else.
+
+    A loss shown is the mean of "loss/rec" over a tenth of the window's steps (the first and the latest tenth), because
+    steps see different segments and single ones cannot be compared.
+
+    Args:
+        console: Where to draw. By default one of its own, which no other live display shares.
+
+    Example:
+        with WindowProgress() as progress:
+            progress.start(num_windows=7, steps_per_window=[384] * 7)
+            for window in windows:
+                Trainer(callbacks=[progress]).fit(...)
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._bar: Progress | None = None
+        self._steps_per_window: list[int] = []
+        self._num_started = 0  # windows
+        self._step = 0  # of the current window
+        self._first_losses: list[torch.Tensor] = []
+        self._latest_losses: deque[torch.Tensor] = deque()
+
+    def __enter__(self) -> "WindowProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, num_windows: int, steps_per_window: list[int]) -> None:
+        """Open the display; the time left counts from here.
+
+        Args:
+            num_windows: Number of `Trainer.fit` calls to come.
+            steps_per_window: Training batches of each window, all epochs together.
+        """
+        assert len(steps_per_window) == num_windows, f"{len(steps_per_window)} step counts for {num_windows} windows"
+        self.stop()
+        self._steps_per_window = steps_per_window
+        self._num_started = 0
+        self._start_time = time.monotonic()
+        if self._console.is_interactive:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=16),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=self._console,
+            )
+            self._bar.add_task(f"window 0/{num_windows}", total=sum(steps_per_window), status="")
+            self._bar.start()
+
+    def stop(self) -> None:
+        """Close the display and give the terminal back; harmless when it is closed."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin a window."""
+        assert self._num_started < len(self._steps_per_window), "start() must announce every fit"
+        self._tenth = max(1, self._steps_per_window[self._num_started] // 10)
+        self._num_started += 1
+        self._step = 0
+        self._first_losses = []
+        self._latest_losses = deque(maxlen=self._tenth)
+        self._window_time = self._line_time = time.monotonic()
+        self._read_time = float("-inf")  # the first step shows at once
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a step; show it if the last news is old enough."""
+        self._step += 1
+        loss = pl_module.losses["loss/rec"]
+        if len(self._first_losses) < self._tenth:
+            self._first_losses.append(loss)
+        self._latest_losses.append(loss)
+        now = time.monotonic()
+        if self._bar is not None and now - self._read_time >= READ_SECONDS:
+            self._read_time = now
+            self._update_bar(pl_module)
+        elif self._bar is None and now - self._line_time >= LINE_SECONDS:
+            self._line_time = now
+            self._print_line(pl_module, finished=False)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End a window; one that stopped early counts as complete."""
+        self._step = self._steps_per_window[self._num_started - 1]
+        if self._bar is not None:
+            self._update_bar(pl_module)
+        else:
+            self._print_line(pl_module, finished=True)
+
+    def _update_bar(self, module: L.LightningModule) -> None:
+        task = self._bar.task_ids[0]
+        status = f"loss {_format_mean(self._latest_losses)}  left {self._time_left()}"
+        self._bar.update(task, description=self._position(module), completed=self._steps_done(), status=status)
+
+    def _print_line(self, module: L.LightningModule, finished: bool) -> None:
+        parts = [
+            self._position(module),
+            f"loss {_format_mean(self._first_losses)} -> {_format_mean(self._latest_losses)}",
+            f"{time.monotonic() - self._window_time:.1f} s",
+            f"left {self._time_left()}",
+        ]
+        if not finished:
+            parts.insert(1, f"step {self._step}/{self._steps_per_window[self._num_started - 1]}")
+        self._console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)
+
+    def _position(self, module: L.LightningModule) -> str:
+        first, last = module.window.start, module.window.stop - 1
+        blocks = f"blocks {first}-{last}" if first < last else f"block {first}"
+        return f"window {self._num_started}/{len(self._steps_per_window)}  {blocks}"
+
+    def _steps_done(self) -> int:
+        return sum(self._steps_per_window[: self._num_started - 1]) + self._step
+
+    def _time_left(self) -> str:
+        """Extend the pace so far, with the work between the windows, over the steps to come."""
+        done, total = self._steps_done(), sum(self._steps_per_window)
+        if not done:
+            return "-"
+        return format_duration((time.monotonic() - self._start_time) * max(0, total - done) / done)
+
+
+def _format_mean(losses: list[torch.Tensor] | deque[torch.Tensor]) -> str:
+    return f"{torch.stack(list(losses)).mean().item():.4g}" if losses else "-"

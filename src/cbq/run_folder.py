@@ -1,0 +1,73 @@
+"""The folder of a run: what may be started in it, and what it says of itself."""
+
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from cbq.errors import InputError
+from cbq.results import RESULTS_NAME, read_results
+
+CONFIG_NAME = "config.yaml"
+OUTPUTS = (RESULTS_NAME, CONFIG_NAME, "metrics.csv", "checkpoint", "wandb", "state")
+# What may differ between two runs of one experiment.
+NOT_THE_EXPERIMENT = ("overwrite", "tracking", "folder")
+
+
+class RunFolder:
+    """A run's output folder.
+
+    Args:
+        path: made when the run starts.
+        config: the composed configuration of the run.
+        overwrite: forget what is there.
+    """
+
+    def __init__(self, path: Path, config: DictConfig, overwrite: bool = False) -> None:
+        self.path = path
+        self.config = config
+        self.overwrite = overwrite
+
+    def is_finished(self) -> bool:
+        """Return whether this very run is already finished here.
+
+        Raises:
+            InputError: the folder holds an unfinished run, or one of another configuration.
+        """
+        results = None if self.overwrite else read_results(self.path)
+        if results is None:
+            return False
+        way_out = "choose another hydra.run.dir, or overwrite=true to start anew"
+        stored = self.path / CONFIG_NAME
+        if not stored.is_file() or experiment(OmegaConf.load(stored)) != experiment(self.config):
+            raise InputError(f"{self.path} holds a run with a different configuration: {way_out}")
+        if results["status"] != "finished":
+            raise InputError(f"{self.path} holds a run that is not finished, and runs cannot be resumed yet: {way_out}")
+        return True
+
+    def start(self) -> None:
+        """Remove what an earlier run left, and write down the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in OUTPUTS:
+            old = self.path / name
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+        OmegaConf.save(self.config, self.path / CONFIG_NAME)
+
+    def withdraw(self) -> None:
+        """Leave nothing behind: remove the folder, and those above it, as far as they are empty."""
+        folder = self.path
+        for _ in range(3):
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+            folder = folder.parent
+
+
+def experiment(config: DictConfig) -> dict:
+    """Return the part of a configuration that decides the result."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    return {key: value for key, value in plain.items() if key not in NOT_THE_EXPERIMENT}

@@ -1,0 +1,206 @@
+"""The whole of CBQ, in the order of the paper's Figure 2."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import nn
+
+from cbq.activations import ActivationCache
+from cbq.checkpoint import fused_linears, save_checkpoint
+from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
+from cbq.data.calibration import Calibration
+from cbq.evaluation.generation import generate_text
+from cbq.evaluation.perplexity import PerplexityEvaluation
+from cbq.models.loading import LoadedModel
+from cbq.preprocess.none import NoPreprocessing
+from cbq.quant.linear import LinearState, fuse_linears_, linear_state, quantize_linears_
+from cbq.quant.scheme import QuantScheme
+from cbq.reconstruction.callbacks import WindowCurves
+from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
+from cbq.reconstruction.windows import SlidingWindows, Window
+from cbq.report.progress import WindowProgress
+from cbq.report.summary import print_summary
+from cbq.results import environment, write_results
+from cbq.run_folder import RunFolder
+from cbq.tracking import Tracker
+
+SCALE_BITS = 16  # what engines store a scale in
+
+
+class Runner:
+    """Quantizes one model: every argument is one axis of an experiment.
+
+    Args:
+        load_model: returns the full-precision model.
+        scheme: what is quantized to how many bits.
+        preprocess: what is done to the model before reconstruction.
+        windows: which blocks are learned together.
+        solver: how a window is solved.
+        calibration: the segments that windows learn from.
+        evaluation: the texts of the perplexities.
+        tracker: where curves go.
+        folder: the run folder.
+        method: its name, for results.
+        settings: every option, flat, for results.
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        load_model: Callable[[], LoadedModel],
+        scheme: QuantScheme,
+        preprocess: NoPreprocessing,
+        windows: SlidingWindows,
+        solver: Reconstruction | NoReconstruction,
+        calibration: Calibration,
+        evaluation: PerplexityEvaluation,
+        tracker: Tracker,
+        folder: RunFolder,
+        method: str,
+        settings: dict,
+        seed: int,
+    ) -> None:
+        self.load_model = load_model
+        self.scheme = scheme
+        self.preprocess = preprocess
+        self.windows = windows
+        self.solver = solver
+        self.calibration = calibration
+        self.evaluation = evaluation
+        self.tracker = tracker
+        self.folder = folder
+        self.method = method
+        self.settings = settings
+        self.seed = seed
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.stopwatch = Stopwatch()
+        self.results: dict = {}
+
+    def run(self) -> dict:
+        """Quantize, evaluate and save; return what `results.json` holds."""
+        L.seed_everything(self.seed, verbose=False)
+        reset_peak_device_memory(self.device)
+        loaded, segments, plan = self.prepare()
+        perplexity = {"full_precision": self.evaluate(loaded, "full precision")}
+        texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
+        with linear_state(loaded.model, LinearState.NEAREST):
+            perplexity["rtn"] = self.evaluate(loaded, "round-to-nearest")
+        self.preprocess.apply_(loaded.model, loaded.blocks, segments)
+        windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan)
+        perplexity["quantized"] = self.evaluate(loaded, self.scheme.label)
+        texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
+        save_checkpoint(loaded, self.scheme, self.folder.path / "checkpoint")
+        self.finish(loaded.model, perplexity, windows, segments)
+        print_summary(self.console, self.results, texts, self.folder.path)
+        return self.results
+
+    def prepare(self) -> tuple[LoadedModel, torch.Tensor, list[Window]]:
+        """Load everything and try every option, so that a mistake shows before hours of work.
+
+        Returns:
+            the model on its device, its block linears in the full-precision state; calibration token ids
+            (N, T); the windows.
+        """
+        loaded = self.load_model()
+        plan = self.windows.plan(len(loaded.blocks))
+        vocab_size = loaded.model.config.vocab_size
+        segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
+        self.evaluation.prepare(loaded.tokenizer, vocab_size, loaded.context)
+        quantize_linears_(loaded.blocks, self.scheme)
+        loaded.model.to(self.device)
+        self.results = {
+            "status": "running",
+            "model": loaded.name,
+            "scheme": self.scheme.label,
+            "method": self.method,
+            "seed": self.seed,
+            "settings": self.settings,
+            "protocol": self.evaluation.protocol() | {"calibration": self.calibration.describe()},
+            "environment": environment(str(self.device)),
+        }
+        self.folder.start()
+        write_results(self.folder.path, self.results)
+        tags = [self.scheme.label, self.method, loaded.name]
+        self.tracker.start(self.folder.path, f"{loaded.name} {self.scheme.label} {self.method}", self.settings, tags)
+        self.console.print(
+            f"{loaded.name}: {len(loaded.blocks)} blocks to {self.scheme.label} in {len(plan)} windows, "
+            f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}"
+        )
+        return loaded, segments, plan
+
+    def evaluate(self, loaded: LoadedModel, what: str) -> dict[str, float]:
+        """Return the perplexity of each corpus in the model's present state."""
+        with self.stopwatch.phase("evaluation"):
+            perplexity = self.evaluation.perplexity(loaded.model)
+        for corpus, value in perplexity.items():
+            self.console.print(f"perplexity of {what} on {corpus}: {value:.4g}")
+        return perplexity
+
+    def reconstruct(
+        self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window]
+    ) -> list[WindowResult]:
+        """Solve every window, handing the quantized stream from one to the next; the blocks end fused."""
+        results = []
+        with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
+            cache = ActivationCache(model, blocks, segments)
+            progress.start(len(plan), [self.solver.steps(len(segments))] * len(plan))
+            callbacks = [WindowCurves(self.tracker.log), progress]
+            for window in plan:
+                results.append(self.solver.solve(window, cache, callbacks))
+                for block in blocks[window.start : window.finished]:
+                    fuse_linears_(block)
+                cache.advance_quantized(window.finished)
+        return results
+
+    def finish(
+        self, model: nn.Module, perplexity: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor
+    ) -> None:
+        """Complete and write the results, and close the curves."""
+        by_corpus = {
+            corpus: {state: values[corpus] for state, values in perplexity.items()}
+            for corpus in perplexity["quantized"]
+        }
+        self.results |= {
+            "status": "finished",
+            "perplexity": by_corpus,
+            "zero_shot": {},
+            "agreement": {},
+            "windows": [asdict(window) for window in windows],
+            "effective_bits": effective_bits(model, self.scheme),
+            "cost": {
+                "wall_time_seconds": self.stopwatch.total_seconds(),
+                "reconstruction_seconds": self.stopwatch.seconds["reconstruction"],
+                "evaluation_seconds": self.stopwatch.seconds["evaluation"],
+                "peak_host_memory_gib": peak_host_memory_gib(),
+                "peak_device_memory_gib": peak_device_memory_gib(self.device),
+                "calibration_tokens": segments.numel(),
+            },
+        }
+        flat = {f"perplexity/{c}/{state}": value for c, states in by_corpus.items() for state, value in states.items()}
+        self.tracker.finish(flat | {"effective_bits": self.results["effective_bits"]})
+        write_results(self.folder.path, self.results)
+
+    def fail(self, error: BaseException) -> None:
+        """Write down that the run failed, if it had begun."""
+        if self.results:
+            self.tracker.failed()
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            write_results(self.folder.path, self.results | {"status": "failed", "error": line})
+
+
+def effective_bits(model: nn.Module, scheme: QuantScheme) -> float:
+    """Return the bits stored a quantized weight: integers, 16-bit scales, and zero points where they vary."""
+    bits, weights = 0, 0
+    for _, linear in fused_linears(model):
+        weights += linear.weight.numel()
+        if linear.integers is None:
+            bits += linear.weight.numel() * scheme.weight_bits
+            continue
+        zero_point_bits = 0 if scheme.symmetric else scheme.weight_bits
+        bits += linear.weight.numel() * scheme.weight_bits
+        bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
+    return bits / weights
