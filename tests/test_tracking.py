@@ -73,9 +73,10 @@ def test_many_rows_survive_the_blocks_of_the_wandb_file(tmp_path):
     tracker.start(tmp_path, name="long", config={}, tags=[])
     tracker.log(rows)
     tracker.finish({})
+    run = read_wandb_run(tmp_path)
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert path.stat().st_size > 32 * 1024, "no record crosses a block"
-    assert read_wandb_run(tmp_path).rows == rows == read_csv(tmp_path)
+    assert run.rows == rows == read_csv(tmp_path)
 
 
 def test_csv_is_complete_while_the_run_goes_on(tmp_path):
@@ -146,6 +147,8 @@ def test_no_import_when_disabled_and_no_network_when_offline(tmp_path):
             process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             assert process.stdout.strip() == imported
             assert process.stderr == ""  # silent
+        # A process that has ended leaves a whole file.
+        assert read_wandb_run(tmp_path / "offline", patience_seconds=0.0).rows == [{"cbq_step": 0}]
         proxy.settimeout(0.2)
         with pytest.raises(TimeoutError):
             proxy.accept()

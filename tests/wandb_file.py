@@ -6,6 +6,7 @@ where a fragment never crosses a block and a record may take several; each recor
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +34,23 @@ class WandbRun:
     exit_code: int | None = None
 
 
-def read_wandb_run(folder: Path) -> WandbRun:
-    """Read the only offline run below `<folder>/wandb`."""
+def read_wandb_run(folder: Path, patience_seconds: float = 20.0) -> WandbRun:
+    """Read the only offline run below `<folder>/wandb`.
+
+    Args:
+        folder: A run folder.
+        patience_seconds: How long to wait for the end of the run in the file: wandb's service writes it in the
+            background, up to some time after `finish` has returned but before the process ends.
+    """
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + patience_seconds
+    while (run := _read(path)).exit_code is None:
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
+    return run
+
+
+def _read(path: Path) -> WandbRun:
     run = WandbRun()
     for record in _records(path.read_bytes()):
         match record.WhichOneof("record_type"):
@@ -58,7 +73,7 @@ def read_wandb_run(folder: Path) -> WandbRun:
 def _records(data: bytes) -> Iterator[Record]:
     assert data[:4] == b":W&B", f"not a W&B file: {data[:4]!r}"
     position, content = MAGIC_BYTES, b""
-    while position < len(data):
+    while position + FRAGMENT_HEADER.size <= len(data):
         left_in_block = BLOCK_BYTES - position % BLOCK_BYTES
         if left_in_block < FRAGMENT_HEADER.size:  # too small for a fragment: padding
             position += left_in_block
@@ -66,7 +81,8 @@ def _records(data: bytes) -> Iterator[Record]:
         _, length, kind = FRAGMENT_HEADER.unpack_from(data, position)
         position += FRAGMENT_HEADER.size
         fragment = data[position : position + length]
-        assert len(fragment) == length, "the file ends inside a record"
+        if len(fragment) < length:  # still being written
+            return
         position += length
         content = fragment if kind in (WHOLE, FIRST) else content + fragment
         if kind in (WHOLE, LAST):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cbq.errors import InputError
-from cbq.models.loading import LoadedModel, load_pretrained
+from cbq.models.loading import LoadedModel, load_pretrained, quiet_transformers
 from cbq.quant.linear import FusedLinear
 from cbq.quant.quantizer import ActQuantizer
 from cbq.quant.scheme import QuantScheme
@@ -44,8 +44,9 @@ def save_checkpoint(loaded: LoadedModel, scheme: QuantScheme, folder: Path) -> N
         for name, tensor in loaded.model.state_dict().items()
         if not name.startswith(inside) and ".act_quantizer." not in name
     }
-    loaded.model.save_pretrained(folder, state_dict=state)
-    loaded.tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        loaded.model.save_pretrained(folder, state_dict=state)
+        loaded.tokenizer.save_pretrained(folder)
     file = folder / QUANTIZED_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format_version": FORMAT_VERSION, "scheme": json.dumps(asdict(scheme)), "linears": json.dumps(metadata_names)}

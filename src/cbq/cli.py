@@ -17,7 +17,13 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from cbq.errors import InputError
 from cbq.run_folder import RunFolder
@@ -148,7 +154,7 @@ def explain(error: BaseException | None) -> str | None:
         if isinstance(link, MissingMandatoryValue | InterpolationToMissingValueError):
             key = getattr(link, "full_key", None) or one_line(link)
             return f"{key} is required: give {key}=<value>"
-        if isinstance(link, ConfigKeyError):
+        if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return unknown_key(link)
         if isinstance(link, MissingConfigException):
             options = ", ".join(link.options or [])
@@ -162,7 +168,7 @@ def explain(error: BaseException | None) -> str | None:
     return one_line(first) if isinstance(first, HydraException) and not isinstance(first, InstantiationException) else None
 
 
-def unknown_key(error: ConfigKeyError) -> str:
+def unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
     """Return what key a user may have meant."""
     key = error.full_key or str(error.key)
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):

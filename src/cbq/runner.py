@@ -12,6 +12,7 @@ from cbq.activations import ActivationCache
 from cbq.checkpoint import fused_linears, save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
+from cbq.errors import InputError
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.models.loading import LoadedModel
@@ -46,6 +47,9 @@ class Runner:
         method: its name, for results.
         settings: every option, flat, for results.
         seed: of everything random.
+
+    Raises:
+        InputError: the seed is out of range; `run` raises it for everything else that the user gave.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Runner:
         settings: dict,
         seed: int,
     ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise InputError(f"seed must be an integer of 0 to 2^32 - 1, got {seed!r}")
         self.load_model = load_model
         self.scheme = scheme
         self.preprocess = preprocess
@@ -76,7 +82,7 @@ class Runner:
         self.settings = settings
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = Console(highlight=False)
         self.stopwatch = Stopwatch()
         self.results: dict = {}
 

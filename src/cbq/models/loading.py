@@ -148,7 +148,7 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if defect := _find_defect(folder):
         raise InputError(f"model folder {folder} {defect}")
-    with _quiet_transformers():
+    with quiet_transformers():
         config = _read_config(folder, trust_remote_code)
         tokenizer = _read_tokenizer(folder, trust_remote_code)
         largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -221,7 +221,7 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from printing progress bars and load reports: what matters of them is an error here."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

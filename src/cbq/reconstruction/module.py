@@ -128,6 +128,6 @@ class WindowModule(L.LightningModule):
 
         Source: section 5.1 (CosineAnnealingLR).
         """
-        optimizer = torch.optim.Adam(list(self.groups.values()))
+        optimizer = torch.optim.Adam(list(self.groups.values()), fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

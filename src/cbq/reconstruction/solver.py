@@ -1,6 +1,7 @@
 """How a window is solved: by gradients (`Reconstruction`), or not at all (`NoReconstruction`)."""
 
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -214,7 +215,13 @@ class Reconstruction:
         with warnings.catch_warnings():
             # Tensors in memory need no loader workers.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            trainer.fit(module, loader)
+            # Lightning's own use of torch, not ours.
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+            try:
+                trainer.fit(module, loader)
+            except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from None
         module.learned.requires_grad_(False)
         module.learned.to(device)  # Lightning moves what it trained to the CPU
 
