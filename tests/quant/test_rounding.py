@@ -68,7 +68,7 @@ def test_rectified_sigmoid_equals_numpy():
     # Eq. 8 reaches 0 and 1 at logit(1 / 12) = -2.398, unlike a sigmoid.
     assert (actual[:3] == 0).all()
     assert (actual[-3:] == 1).all()
-    assert 0 < actual[4] < actual[5] == 0.5 < actual[6] < 1
+    assert 0 < actual[4] < actual[5] < actual[6] < 1
 
 
 def test_shifted_sigmoid_equals_eq_8_at_the_shifted_logit():

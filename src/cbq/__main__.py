@@ -1,0 +1,5 @@
+"""`python -m cbq` is `cbq`."""
+
+from cbq.cli import main
+
+main()

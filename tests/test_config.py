@@ -1,0 +1,81 @@
+"""Every YAML composes, binds to the signature that it feeds, and says what the paper says."""
+
+import inspect
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from cbq.cli import conf_dir, flatten
+
+OPTIONS = sorted(path.relative_to(conf_dir()) for path in Path(conf_dir()).glob("*/*.yaml"))
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides))
+
+
+def targets(config: DictConfig) -> list[DictConfig]:
+    """Return every node that names a class or function."""
+    found = [config] if "_target_" in config else []
+    for key in config:
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            found += targets(config[key])
+    return found
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_option_composes_and_binds(option):
+    group, name = option.parent.name, option.stem
+    config = compose(f"{group}={name}")
+    for node in targets(config[group]):
+        given = {key for key in node if not key.startswith("_")}
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+        assert given <= set(parameters), f"{option} gives what {node['_target_']} does not take"
+        required = {key for key, value in parameters.items() if value.default is value.empty}
+        if not node.get("_partial_"):
+            assert required <= given, f"{option} leaves out what {node['_target_']} needs"
+
+
+def test_every_group_is_in_the_table_of_contents():
+    assert {option.parent.name for option in OPTIONS} <= set(compose())
+
+
+def test_defaults_of_a_real_model_are_section_5_1():
+    config = compose("model=llama7b")
+    settings = flatten(config)
+    assert (settings["cbd.window"], settings["cbd.overlap"]) == (2, None)
+    assert config.rounding._target_.endswith("LoRARounding")
+    assert (settings["rounding.rank"], settings["rounding.learning_rate"]) == (5, 1e-4)
+    assert settings["reconstruction.learning_rates.weight_scale"] == 1e-3
+    assert settings["reconstruction.learning_rates.act_scale"] == 1e-4
+    assert (settings["reconstruction.epochs"], settings["reconstruction.batch_size"]) == (3, 1)
+    assert (settings["loss.l2"], settings["loss.kld"], settings["loss.mse"]) == (1, 1, 0)
+    assert (settings["quant.group_size"], settings["quant.symmetric"]) == (-1, False)
+    assert (settings["calibration.num_segments"], settings["calibration.segment_tokens"]) == (128, 2048)
+    assert config.calibration._target_.endswith("c4")
+    assert settings["evaluation.corpora"] == ["wikitext2", "c4"]
+    assert settings["evaluation.segment_tokens"] == 2048
+
+
+def test_the_embedded_model_brings_its_own_texts_and_the_user_wins():
+    assert compose().calibration._target_.endswith("embedded")
+    assert compose().evaluation.corpora == ["embedded"]
+    assert compose("calibration=wikitext2").calibration._target_.endswith("wikitext2")
+    assert compose("evaluation=perplexity").evaluation.corpora == ["wikitext2", "c4"]
+    assert compose("model=hf", "calibration=embedded").calibration._target_.endswith("embedded")
+
+
+@pytest.mark.parametrize("name", [option.stem for option in OPTIONS if option.parent.name == "quant"])
+def test_scheme_label_is_the_file_name(name):
+    assert hydra.utils.instantiate(compose(f"quant={name}").quant).label.lower() == name
+
+
+def test_settings_are_flat_and_without_duplicates():
+    settings = flatten(compose("quant=w4a4"))
+    assert settings["quant.weight_bits"] == 4
+    assert not any(key.startswith(("runner", "hydra", "reconstruction.loss", "reconstruction.rounding")) for key in settings)
+    assert not any("_target_" in key or "_partial_" in key for key in settings)
