@@ -44,6 +44,7 @@ DECAY_SHARE = 0.4
 CHECKPOINT_EVERY = 100
 # Tables of code points, machine-written parsers and build settings: text that teaches no language.
 SKIPPED_FOLDERS = {"site-packages", "encodings", "lib2to3", "idlelib", "__pycache__", "cjkencodings"}
+COMPILED_MODULES = (*sys.builtin_module_names, "math", "array", "zlib", "select", "_socket", "_decimal", "pyexpat")
 SKIPPED_FILES = ("_sysconfigdata", "keysymdef", "topics.py", "test_htmlentitydefs", "entities.py", "stringprep.py")
 # Of 100 hash buckets; the rest is for training. What exceeds HELD_OUT_BYTES is dropped: a perplexity takes seconds.
 CALIBRATION_BUCKETS = range(0, 6)
@@ -74,7 +75,7 @@ def collect_documents() -> dict[str, str]:
     from pydoc_data.topics import topics
 
     documents |= {f"topics/{name}": text for name, text in sorted(topics.items())}
-    for name in sorted(sys.builtin_module_names + ("math", "array", "zlib", "select", "_socket", "_decimal", "pyexpat")):
+    for name in sorted(COMPILED_MODULES):
         module = importlib.import_module(name)
         parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
         for key, value in sorted(vars(module).items()):
@@ -167,7 +168,9 @@ def evaluate(model: LlamaForCausalLM, ids: torch.Tensor, text: str) -> dict[str,
     nll = 0.0
     for segment in segments.split(8):
         logits = model(input_ids=segment, use_cache=False).logits.float()
-        nll += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), segment[:, 1:].flatten(), reduction="sum").item()
+        nll += torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), segment[:, 1:].flatten(), reduction="sum"
+        ).item()
     mean = nll / (segments.numel() - len(segments))
     return {"perplexity": math.exp(mean), "bits_per_byte": mean / math.log(2) * len(ids) / len(text.encode())}
 
@@ -201,7 +204,13 @@ def train(args: argparse.Namespace) -> None:
     train_ids = torch.tensor(stream)
     test_ids = torch.tensor(tokenizer(held_out["test"])["input_ids"])
     num_bytes = {split: sum(len(text.encode()) for text in texts[split]) for split in texts}
-    print({split: (len(texts[split]), num_bytes[split]) for split in texts}, "tokens", len(train_ids), len(test_ids), flush=True)
+    print(
+        {split: (len(texts[split]), num_bytes[split]) for split in texts},
+        "tokens",
+        len(train_ids),
+        len(test_ids),
+        flush=True,
+    )
     unigram = unigram_perplexity(train_ids, test_ids)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -257,7 +266,9 @@ def train(args: argparse.Namespace) -> None:
     metrics = evaluate(reloaded, test_ids, held_out["test"]) | {"unigram_perplexity": unigram}
     prompt = tokenizer("def ", return_tensors="pt").input_ids
     torch.manual_seed(args.seed)
-    sample = tokenizer.decode(reloaded.generate(prompt, max_new_tokens=120, do_sample=True, temperature=0.7, pad_token_id=0)[0])
+    sample = tokenizer.decode(
+        reloaded.generate(prompt, max_new_tokens=120, do_sample=True, temperature=0.7, pad_token_id=0)[0]
+    )
     model = model.to(torch.bfloat16)
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
@@ -266,7 +277,9 @@ def train(args: argparse.Namespace) -> None:
         (args.out / f"{split}.txt").write_text(text, encoding="utf-8")
     with (args.out / "loss_curve.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("step", "loss"), *curve])
-    write_card(args, metrics, curve, num_bytes, len(train_ids), sample, Counter(bucket_kind(name) for name in splits["train"]))
+    write_card(
+        args, metrics, curve, num_bytes, len(train_ids), sample, Counter(bucket_kind(name) for name in splits["train"])
+    )
     shutil.rmtree(args.work)
     print(metrics)
 
@@ -328,7 +341,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "src/cbq/pico", help="folder of the embedded files")
-    parser.add_argument("--work", type=Path, default=ROOT / "build/pico", help="folder of the checkpoint while it trains")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build/pico", help="folder of the checkpoint while it trains"
+    )
     train(parser.parse_args())
 
 

@@ -1,6 +1,7 @@
 """The two streams against the plain Hugging Face forward."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_stream_equals_the_plain_hidden_states(model, segments, plain_states, st
 
 def test_every_block_changes_the_stream(plain_states):
     """Otherwise the test above would prove nothing."""
-    for before, after in zip(plain_states[:-1], plain_states[1:], strict=True):
+    for before, after in itertools.pairwise(plain_states):
         assert (before - after).abs().max() > 0.1
 
 
@@ -140,8 +141,6 @@ class ToyModel(nn.Module):
 def test_tuples_and_each_blocks_own_arguments(by_name):
     model, segments = ToyModel(by_name), torch.arange(8).view(4, 2)
     cache = ActivationCache(model, model.blocks, segments, batch_size=3)
-    own = [
-        BlockCall((), {"offset": i, "factor": 2}) if by_name else BlockCall((i,), {"factor": 2}) for i in range(3)
-    ]
+    own = [BlockCall((), {"offset": i, "factor": 2}) if by_name else BlockCall((i,), {"factor": 2}) for i in range(3)]
     assert cache.calls == own
     torch.testing.assert_close(cache.advance_full_precision(3), model(segments, use_cache=False))

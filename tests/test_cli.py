@@ -151,6 +151,8 @@ def test_from_another_directory(tmp_path, program):
     command = [sys.executable, *program, *SMALL, "cbd.window=8", "hydra.run.dir=run"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
-    assert {"results.json", "config.yaml", "metrics.csv", "checkpoint"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"results.json", "config.yaml", "metrics.csv", "checkpoint"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
     assert "\x1b" not in process.stdout
     assert process.stderr == ""

@@ -77,5 +77,6 @@ def test_scheme_label_is_the_file_name(name):
 def test_settings_are_flat_and_without_duplicates():
     settings = flatten(compose("quant=w4a4"))
     assert settings["quant.weight_bits"] == 4
-    assert not any(key.startswith(("runner", "hydra", "reconstruction.loss", "reconstruction.rounding")) for key in settings)
+    hidden = ("runner", "hydra", "reconstruction.loss", "reconstruction.rounding")
+    assert not any(key.startswith(hidden) for key in settings)
     assert not any("_target_" in key or "_partial_" in key for key in settings)

@@ -49,7 +49,12 @@ def save_checkpoint(loaded: LoadedModel, scheme: QuantScheme, folder: Path) -> N
         loaded.tokenizer.save_pretrained(folder)
     file = folder / QUANTIZED_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format_version": FORMAT_VERSION, "scheme": json.dumps(asdict(scheme)), "linears": json.dumps(metadata_names)}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "scheme": json.dumps(asdict(scheme)),
+        "linears": json.dumps(metadata_names),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file, metadata)
 
 
@@ -71,33 +76,40 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
     file = folder / QUANTIZED_FILE
     if not file.is_file():
         raise InputError(f"not a cbq checkpoint, {QUANTIZED_FILE} is missing: {folder}")
-    loaded = load_pretrained(str(folder))
     try:
         with safe_open(file, "pt") as stored:
             metadata = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise InputError(f"{file} has format {metadata['format_version']}; this cbq reads {FORMAT_VERSION}")
         scheme = QuantScheme(**json.loads(metadata["scheme"]))
-        names = json.loads(metadata["linears"])
+        names, dtype = json.loads(metadata["linears"]), metadata["dtype"]
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"damaged checkpoint, {file} cannot be read: {error}") from None
+    loaded = load_pretrained(str(folder), dtype=dtype)
     for name in names:
-        linear = loaded.model.get_submodule(name)
-        fused = FusedLinear(
-            integers=tensors.get(f"{name}.integers"),
-            weight_scale=tensors.get(f"{name}.weight_scale"),
-            zero_point=tensors.get(f"{name}.zero_point"),
-            weight=linear.weight.detach(),
-            bias=linear.bias,
-            act_quantizer=load_act_quantizer(scheme, tensors.get(f"{name}.act_multiplier")),
-        )
-        loaded.model.set_submodule(name, fused)
+        try:
+            loaded.model.set_submodule(name, load_linear(loaded.model.get_submodule(name), scheme, name, tensors))
+        except (KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(f"damaged checkpoint, {file} does not fit {name}: {error}") from None
     return loaded
 
 
-def load_act_quantizer(scheme: QuantScheme, multiplier: torch.Tensor | None) -> ActQuantizer | None:
-    """Return the activation quantizer with a stored multiplier (), or None where there is none."""
-    if multiplier is None:
-        return None
+def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict[str, torch.Tensor]) -> FusedLinear:
+    """Return the fused form of a linear from its stored tensors; a KeyError if one is missing."""
+    weights, activations = scheme.quantizes_weights, scheme.quantizes_activations
+    return FusedLinear(
+        integers=tensors[f"{name}.integers"] if weights else None,
+        weight_scale=tensors[f"{name}.weight_scale"] if weights else None,
+        zero_point=tensors[f"{name}.zero_point"] if weights else None,
+        weight=linear.weight.detach(),
+        bias=linear.bias,
+        act_quantizer=load_act_quantizer(scheme, tensors[f"{name}.act_multiplier"]) if activations else None,
+    )
+
+
+def load_act_quantizer(scheme: QuantScheme, multiplier: torch.Tensor) -> ActQuantizer:
+    """Return the activation quantizer with a stored multiplier ()."""
     quantizer = ActQuantizer(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
     quantizer.range_multiplier = nn.Parameter(multiplier, requires_grad=False)
     return quantizer

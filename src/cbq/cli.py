@@ -1,7 +1,7 @@
 """The command line: pick the command, compose its configuration, build its objects, run it.
 
-The only file that imports hydra. Exit codes: 0 done, 2 the user's mistake (one line), 1 a fault of ours (a traceback, and
-`error.txt` in the run folder).
+The only file that imports hydra. Exit codes: 0 done, 2 the user's mistake (one line), 1 a fault of ours (a
+traceback, and `error.txt` in the run folder).
 """
 
 import os
@@ -164,8 +164,9 @@ def explain(error: BaseException | None) -> str | None:
             return one_line(link.__cause__)
         if isinstance(link, ConfigCompositionException | OmegaConfBaseException):
             return one_line(link)
-    first = chain[0]
-    return one_line(first) if isinstance(first, HydraException) and not isinstance(first, InstantiationException) else None
+    if isinstance(chain[0], HydraException) and not isinstance(chain[0], InstantiationException):
+        return one_line(chain[0])
+    return None
 
 
 def unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:

@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cbq.errors import InputError
 from cbq.results import RESULTS_NAME, read_results
@@ -35,22 +37,31 @@ class RunFolder:
             InputError: the folder holds an unfinished run, or one of another configuration.
         """
         results = None if self.overwrite else read_results(self.path)
-        if results is None:
-            return False
         way_out = "choose another hydra.run.dir, or overwrite=true to start anew"
-        stored = self.path / CONFIG_NAME
-        if not stored.is_file() or experiment(OmegaConf.load(stored)) != experiment(self.config):
+        if results is None:
+            others = [name for name in OUTPUTS if name != CONFIG_NAME and (self.path / name).exists()]
+            if others and not self.overwrite:
+                raise InputError(f"{self.path} holds no run of cbq, but {', '.join(others)}: {way_out}")
+            return False
+        if self._stored_experiment() != experiment(self.config):
             raise InputError(f"{self.path} holds a run with a different configuration: {way_out}")
         if results["status"] != "finished":
             raise InputError(f"{self.path} holds a run that is not finished, and runs cannot be resumed yet: {way_out}")
         return True
+
+    def _stored_experiment(self) -> dict | None:
+        """Return what decides the result of the run that is here, or None where that cannot be read."""
+        try:
+            return experiment(OmegaConf.load(self.path / CONFIG_NAME))
+        except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
+            return None
 
     def start(self) -> None:
         """Remove what an earlier run left, and write down the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:
             old = self.path / name
-            if old.is_dir():
+            if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             else:
                 old.unlink(missing_ok=True)

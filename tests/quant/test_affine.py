@@ -178,6 +178,4 @@ def test_to_groups_cuts_rows_in_order(group_size, groups):
     weight = torch.arange(12.0).view(2, 6)
     cut = to_groups(weight, group_size)
     assert cut.shape == (2, groups, 6 // groups)
-    assert cut.tolist() == [
-        [row[i : i + 6 // groups] for i in range(0, 6, 6 // groups)] for row in weight.tolist()
-    ]
+    assert cut.tolist() == [[row[i : i + 6 // groups] for i in range(0, 6, 6 // groups)] for row in weight.tolist()]

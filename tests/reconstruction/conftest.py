@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import fuse_linears_, quantize_linears_
-from cbq.quant.rounding import DenseSTE
+from cbq.quant.rounding import DenseSTE, Nearest
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates
@@ -26,30 +26,38 @@ SEED = 7
 
 @dataclass
 class Setup:
-    """A quantized tiny model with its streams, before any window is solved."""
+    """A tiny model whose block linears are quantized, its streams, and what became of the windows solved so far."""
 
     model: PreTrainedModel
     cache: ActivationCache
+    segments: torch.Tensor
     results: list[WindowResult] = field(default_factory=list)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The model's blocks."""
         return self.model.model.layers
 
     def solve(
-        self, solver: Reconstruction | NoReconstruction, windows: SlidingWindows, callbacks: list[L.Callback]
+        self,
+        solver: Reconstruction | NoReconstruction,
+        windows: SlidingWindows,
+        callbacks: list[L.Callback],
+        num_windows: int | None = None,
     ) -> None:
-        """Solve every window in order; the blocks end fused."""
-        for window in windows.plan(len(self.blocks)):
+        """Solve the first `num_windows` windows in order; finished blocks end fused."""
+        for window in windows.plan(len(self.blocks))[:num_windows]:
             self.results.append(solver.solve(window, self.cache, callbacks))
             for block in self.blocks[window.start : window.finished]:
                 fuse_linears_(block)
             self.cache.advance_quantized(window.finished)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return a copy of every tensor of the model, each linear's state in it."""
+        """Return a copy of every tensor of the model."""
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        return self.model(self.segments).logits
 
 
 @pytest.fixture(scope="session")
@@ -68,47 +76,50 @@ def segments() -> torch.Tensor:
 def make_setup(tiny_llama: PreTrainedModel, segments: torch.Tensor) -> Callable[[QuantScheme], Setup]:
     """Makes a fresh `Setup` for a scheme."""
 
-    def make(scheme: QuantScheme, segments: torch.Tensor = segments) -> Setup:
-        torch.manual_seed(SEED)
+    def make(scheme: QuantScheme) -> Setup:
+        torch.manual_seed(SEED)  # the start of A1
         model = copy.deepcopy(tiny_llama)
         quantize_linears_(model.model.layers, scheme)
-        return Setup(model, ActivationCache(model, model.model.layers, segments))
+        return Setup(model, ActivationCache(model, model.model.layers, segments), segments)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_solver() -> Callable[..., Reconstruction]:
+    """Makes a solver: 8 steps a window unless told otherwise."""
+
+    def make(
+        kind: type = DenseSTE,
+        learning_rate: float = 5e-3,
+        weight_scale: float = 1e-3,
+        act_scale: float = 1e-4,
+        l2: float = 1.0,
+        kld: float = 1.0,
+        **options: object,
+    ) -> Reconstruction:
+        make_rounding = Nearest if kind is Nearest else partial(kind, learning_rate=learning_rate)
+        options = {"epochs": 2, "batch_size": 2} | options
+        return Reconstruction(
+            ReconstructionLoss(l2, kld), make_rounding, LearningRates(weight_scale, act_scale), **options
+        )
 
     return make
 
 
 @pytest.fixture
-def run(make_setup: Callable[[QuantScheme], Setup]) -> Callable[..., Setup]:
-    """Solves every window of the tiny model and returns what became of it."""
+def run(make_setup: Callable[[QuantScheme], Setup], make_solver: Callable[..., Reconstruction]) -> Callable[..., Setup]:
+    """Solves windows of the tiny model, all unless told otherwise; options are those of `make_solver`."""
 
     def solve(
-        scheme: QuantScheme = W2A16,
-        windows: SlidingWindows = WINDOWS,
+        scheme: QuantScheme,
+        windows: SlidingWindows | None = None,
         callbacks: tuple[L.Callback, ...] = (),
+        num_windows: int | None = None,
         **options: object,
     ) -> Setup:
         setup = make_setup(scheme)
-        setup.solve(make_solver(**options), windows, list(callbacks))
+        setup.solve(make_solver(**options), windows or SlidingWindows(2, 1), list(callbacks), num_windows)
         return setup
 
     return solve
-
-
-W2A16 = QuantScheme(2, 16)
-W4A4 = QuantScheme(4, 4)
-WINDOWS = SlidingWindows(2, 1)
-
-
-def make_solver(
-    kind: type = DenseSTE,
-    learning_rate: float = 5e-3,
-    weight_scale: float = 1e-3,
-    act_scale: float = 1e-4,
-    l2: float = 1.0,
-    kld: float = 1.0,
-    **options: object,
-) -> Reconstruction:
-    """Return a solver of 8 steps a window unless told otherwise."""
-    make_rounding = kind if kind.__name__ == "Nearest" else partial(kind, learning_rate=learning_rate)
-    options = {"epochs": 2, "batch_size": 2} | options
-    return Reconstruction(ReconstructionLoss(l2, kld), make_rounding, LearningRates(weight_scale, act_scale), **options)

@@ -79,13 +79,6 @@ def test_bfloat16_is_computed_in_float32(term, pair):
     torch.testing.assert_close(loss, term(*(states.float() for states in rounded)))
 
 
-@pytest.mark.parametrize("term", [l2, kld, mse])
-def test_gradient_equals_finite_differences(term):
-    """float64 is cut to float32 inside, so the step and the tolerance are large."""
-    target, output = torch.randn(1, 2, 3), torch.randn(1, 2, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda states: term(target, states), output, eps=1e-2, atol=1e-2)
-
-
 def test_weighted_sum_and_unweighted_terms(pair):
     total, terms = ReconstructionLoss(l2=2, kld=0.5, mse=3)(*pair)
     assert list(terms) == ["l2", "kld", "mse"]

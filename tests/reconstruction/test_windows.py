@@ -1,5 +1,7 @@
 """Every plan of every small model."""
 
+import itertools
+
 import pytest
 
 from cbq.errors import InputError
@@ -24,7 +26,7 @@ def test_every_plan(rounding_blocks):
         assert all(w.stop < num_blocks for w in plan[:-1]), "no window after the one that reaches the end"
         assert all(len(w) == w.stop - w.start == window for w in plan[:-1])
         assert 1 <= len(plan[-1]) <= window
-        for first, second in zip(blocks[:-1], blocks[1:], strict=True):
+        for first, second in itertools.pairwise(blocks):
             assert second - first, "every window brings a new block"
             assert len(first & second) == overlap
 

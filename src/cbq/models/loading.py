@@ -37,7 +37,7 @@ HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges
 
 @dataclass
 class LoadedModel:
-    """A causal language model, ready to be quantized: in eval mode, without gradients, without a key-value cache.
+    """A causal language model, ready to be quantized: in eval mode, without gradients.
 
     Args:
         name: how results call it.
@@ -158,7 +158,6 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
                 f"tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} ids"
             )
         model = _read_model(folder, config, dtype, trust_remote_code)
-    model.config.use_cache = False
     return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, config.max_position_embeddings, prompt)
 
 

@@ -51,7 +51,7 @@ def shifted_rectified_sigmoid(fraction: torch.Tensor, shift: torch.Tensor) -> to
         round-to-nearest. Starting at V0 is AdaRound's way (METHOD 1).
     """
     p = (fraction - GAMMA) / (ZETA - GAMMA)
-    return (p / (p + (1 - p) * torch.exp(-shift)) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+    return (p / (p + (1 - p) * torch.exp((-shift).clamp_max(80))) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def compensation_loss(rounding_values: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ class QuantScheme:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
             bits = getattr(self, name)
-            if isinstance(bits, bool) or bits not in (*range(2, 9), FULL_PRECISION_BITS):
+            if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*range(2, 9), FULL_PRECISION_BITS):
                 raise InputError(f"quant.{name} must be 2 to 8, or 16 for full precision, got {bits!r}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise InputError(f"quant.group_size must be an integer, got {self.group_size!r}")
@@ -57,7 +57,9 @@ class QuantScheme:
             if not self.act_symmetric or self.act_bits == FULL_PRECISION_BITS:
                 raise InputError("quant.act_denominator needs quant.act_symmetric=true and quant.act_bits below 16")
             if self.act_denominator not in (half - 1, half - 0.5):
-                raise InputError(f"quant.act_denominator must be {half - 1} or {half - 0.5}, got {self.act_denominator}")
+                raise InputError(
+                    f"quant.act_denominator must be {half - 1} or {half - 0.5}, got {self.act_denominator}"
+                )
 
     @property
     def label(self) -> str:

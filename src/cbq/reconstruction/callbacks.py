@@ -10,6 +10,16 @@ from cbq.errors import InputError
 from cbq.reconstruction.module import WindowModule
 
 
+def check_number(value: float) -> None:
+    """Refuse what cannot be compared with a number.
+
+    Raises:
+        InputError: it is a text, a truth value or nothing.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"reconstruction: beta_start, beta_end, warmup and hard_start must be numbers, got {value!r}")
+
+
 class BetaAnnealing(L.Callback):
     """Anneals the beta of Eq. 12 from high, which moves only values near 0 and 1, to low, which moves all.
 
@@ -23,6 +33,8 @@ class BetaAnnealing(L.Callback):
     """
 
     def __init__(self, beta_start: float = 20.0, beta_end: float = 2.0, warmup: float = 0.2, stop: float = 1.0) -> None:
+        for value in (beta_start, beta_end, warmup, stop):
+            check_number(value)
         if not beta_start >= beta_end > 0:
             raise InputError(f"reconstruction: beta_start >= beta_end > 0 is needed, got {beta_start} and {beta_end}")
         if not 0 <= warmup < stop <= 1:
@@ -55,6 +67,7 @@ class HardRounding(L.Callback):
     """
 
     def __init__(self, start: float = 2 / 3) -> None:
+        check_number(start)
         if not 0 < start <= 1:
             raise InputError(f"reconstruction.hard_start must be above 0 and at most 1, got {start}")
         self.start = start
@@ -86,7 +99,9 @@ class WindowCurves(L.Callback):
         self.window += 1
         self.rows, self.losses, self.names = [], [], []
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         rates = zip(module.groups, optimizer.param_groups, strict=True)
         row = {"cbq_step": self.step, "window": self.window} | {f"lr/{name}": group["lr"] for name, group in rates}
         self.rows.append(row if module.beta is None else row | {"beta": module.beta})

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, D hidden.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,7 +77,7 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         weights = {"l2": l2, "kld": kld, "mse": mse}
         for name, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                 raise InputError(f"loss.{name} must be a number of at least 0, got {weight!r}")
         if not any(weights.values()):
             raise InputError("one of loss.l2, loss.kld and loss.mse must be above 0")

@@ -223,6 +223,7 @@ class Reconstruction:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
         module.learned.requires_grad_(False)
+        module.zero_grad()  # the next window makes its own
         module.learned.to(device)  # Lightning moves what it trained to the CPU
 
 

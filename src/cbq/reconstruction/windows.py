@@ -69,7 +69,9 @@ class SlidingWindows:
         if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap < window:
             raise InputError(f"cbd.overlap must be 0 to {window - 1} (below cbd.window={window}), got {overlap!r}")
         if rounding_blocks not in ROUNDING_BLOCKS:
-            raise InputError(f"cbd.rounding_blocks must be one of {', '.join(ROUNDING_BLOCKS)}, got {rounding_blocks!r}")
+            raise InputError(
+                f"cbd.rounding_blocks must be one of {', '.join(ROUNDING_BLOCKS)}, got {rounding_blocks!r}"
+            )
         self.window = window
         self.overlap = overlap
         self.rounding_start = ROUNDING_BLOCKS[rounding_blocks]

@@ -1,0 +1,156 @@
+"""What may be started in a folder that already holds something."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from cbq.errors import InputError
+from cbq.results import write_results
+from cbq.run_folder import CONFIG_NAME, RunFolder
+
+CONFIG = {"quant": {"weight_bits": 4, "label": "W${.weight_bits}"}, "seed": 0, "overwrite": False, "tracking": {"x": 1}}
+
+
+def make(path: Path, start_anew: bool = False, **changes: object) -> RunFolder:
+    return RunFolder(path, OmegaConf.create(CONFIG | changes), start_anew)
+
+
+def leave_run(path: Path, status: str, **changes: object) -> None:
+    """Leave what a run leaves."""
+    make(path, **changes).start()
+    write_results(path, {"status": status})
+    (path / "metrics.csv").write_text("cbq_step\n")
+    (path / "checkpoint" / "cbq").mkdir(parents=True)
+    (path / "checkpoint" / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_new_folder(tmp_path, exists):
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    folder = make(path)
+    assert not folder.is_finished()
+    folder.start()
+    assert [file.name for file in path.iterdir()] == [CONFIG_NAME]
+    assert OmegaConf.load(path / CONFIG_NAME) == OmegaConf.create(CONFIG)
+
+
+def test_finished_run_of_the_same_configuration(tmp_path):
+    leave_run(tmp_path, "finished")
+    before = sorted(tmp_path.rglob("*"))
+    assert make(tmp_path).is_finished()
+    assert sorted(tmp_path.rglob("*")) == before, "asking changes nothing"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tracking": {"x": 2}}, {"overwrite": True}, {"quant": {"label": "W4", "weight_bits": 4}}], ids=repr
+)
+def test_what_does_not_make_another_experiment(tmp_path, changes):
+    """Where curves go; the order of options; a value written out instead of computed."""
+    leave_run(tmp_path, "finished")
+    assert make(tmp_path, **changes).is_finished()
+
+
+@pytest.mark.parametrize("status", ["finished", "running", "failed"])
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"quant": {"weight_bits": 2}}, {"new": 1}], ids=repr)
+def test_another_configuration(tmp_path, status, changes):
+    leave_run(tmp_path, status)
+    with pytest.raises(InputError, match=r"different configuration.*overwrite=true"):
+        make(tmp_path, **changes).is_finished()
+
+
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_unfinished_run(tmp_path, status):
+    leave_run(tmp_path, status)
+    with pytest.raises(InputError, match=r"not finished.*overwrite=true"):
+        make(tmp_path).is_finished()
+
+
+def test_results_without_configuration(tmp_path):
+    leave_run(tmp_path, "finished")
+    (tmp_path / CONFIG_NAME).unlink()
+    with pytest.raises(InputError, match="different configuration"):
+        make(tmp_path).is_finished()
+
+
+@pytest.mark.parametrize("text", ["not yaml: [", "just text", "- a list", "a: ${nowhere}"])
+def test_damaged_configuration(tmp_path, text):
+    leave_run(tmp_path, "finished")
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(InputError):
+        make(tmp_path).is_finished()
+
+
+def test_damaged_results(tmp_path):
+    leave_run(tmp_path, "finished")
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(InputError, match=r"results\.json"):
+        make(tmp_path).is_finished()
+    assert not make(tmp_path, start_anew=True).is_finished()
+
+
+@pytest.mark.parametrize("status", ["finished", "running", "failed"])
+@pytest.mark.parametrize("changes", [{}, {"seed": 1}], ids=repr)
+def test_overwrite_clears_known_outputs_only(tmp_path, status, changes):
+    leave_run(tmp_path, status)
+    for name in ("wandb", "state"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("old")
+    own = {"notes.txt": "mine", "plots/loss.png": "mine", ".hydra/config.yaml": "hydra's"}
+    for name, text in own.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folder = make(tmp_path, start_anew=True, **changes)
+    assert not folder.is_finished()
+    folder.start()
+    assert {name: (tmp_path / name).read_text() for name in own} == own
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "plots", ".hydra", "config.yaml"}
+    assert OmegaConf.load(tmp_path / CONFIG_NAME) == OmegaConf.create(CONFIG | changes)
+
+
+def test_a_folder_that_holds_no_run_keeps_what_is_in_it(tmp_path):
+    """Without overwrite=true nothing of the user's is removed: `hydra.run.dir=.` in a project that has a `wandb/`."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "my-other-run").write_text("mine")
+    folder = make(tmp_path)
+    try:
+        if not folder.is_finished():
+            folder.start()
+    except InputError:
+        pass  # refusing is fine too
+    assert (tmp_path / "wandb" / "my-other-run").read_text() == "mine"
+
+
+def test_linked_output(tmp_path):
+    """An output that is a link to another disk: overwriting removes the link, not what it points to."""
+    path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("mine")
+    leave_run(path, "finished")
+    (path / "wandb").symlink_to(elsewhere, target_is_directory=True)
+    make(path, start_anew=True).start()
+    assert (elsewhere / "file").read_text() == "mine"
+    assert not (path / "wandb").exists()
+
+
+def test_withdraw_removes_empty_folders_only(tmp_path):
+    path = tmp_path / "kept" / "date" / "time"
+    path.mkdir(parents=True)
+    (tmp_path / "kept" / "file").write_text("mine")
+    make(path).withdraw()
+    assert [file.name for file in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+def test_withdraw_keeps_what_is_not_empty(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "file").write_text("mine")
+    make(path).withdraw()
+    assert (path / "file").read_text() == "mine"
+
+
+def test_withdraw_of_a_folder_that_was_never_made(tmp_path):
+    make(tmp_path / "a" / "b").withdraw()
+    assert tmp_path.is_dir()

@@ -1,0 +1,165 @@
+"""Whole runs: the embedded model, and a model of somebody else."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cbq
+from cbq.cli import conf_dir, flatten
+from cbq.models.loading import embedded_folder
+from cbq.results import SCHEMA_PATH
+from cbq.run_folder import RunFolder
+
+SMALL = ["tracking.mode=disabled", "calibration.num_segments=4", "calibration.segment_tokens=64"]
+
+
+def run(folder: Path, *overrides: str) -> dict:
+    """Run cbq in this process and return its results as read from disk."""
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("config", overrides=[*SMALL, *overrides])
+    runner = instantiate(config.runner, folder=RunFolder(folder, config), settings=flatten(config))
+    runner.run()
+    return json.loads((folder / "results.json").read_text())
+
+
+def direct_perplexity(model: torch.nn.Module, tokenizer, text: str, segment_tokens: int) -> float:
+    """Return the perplexity of a text in non-overlapping segments, the plain way."""
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    nll, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(ids) - segment_tokens + 1, segment_tokens):
+            segment = ids[start : start + segment_tokens]
+            logits = model(input_ids=segment[None], use_cache=False).logits[0, :-1]
+            nll += F.cross_entropy(logits.double(), segment[1:], reduction="sum").item()
+            count += segment_tokens - 1
+    return math.exp(nll / count)
+
+
+@pytest.fixture(scope="module")
+def short_text(tmp_path_factory) -> Path:
+    """The first tenth of the embedded test text: enough to tell models apart, in a second."""
+    text = (embedded_folder("pico") / "test.txt").read_text(encoding="utf-8")
+    path = tmp_path_factory.mktemp("short") / "test.txt"
+    path.write_text(text[: len(text) // 10], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, short_text) -> Path:
+    """A finished run of the embedded model: W4A4, dense straight-through rounding."""
+    folder = tmp_path_factory.mktemp("runs") / "w4a4"
+    run(
+        folder,
+        "quant=w4a4",
+        "rounding=dense_ste",
+        f"evaluation.text_path={short_text}",
+        "evaluation.segment_tokens=128",
+    )
+    return folder
+
+
+def test_results_follow_the_schema(finished):
+    results = json.loads((finished / "results.json").read_text())
+    jsonschema.validate(results, json.loads(SCHEMA_PATH.read_text()))
+    assert results["status"] == "finished"
+    assert [(w["start"], w["stop"]) for w in results["windows"]] == [(i, i + 2) for i in range(7)]
+    assert all(w["changed_integers"] > 0 and w["guard"] is None for w in results["windows"])
+    assert all(w["rec_loss_last"] < w["rec_loss_rtn"] for w in results["windows"])
+    perplexity = results["perplexity"]["text"]
+    assert perplexity["full_precision"] < perplexity["quantized"] < perplexity["rtn"]
+    assert results["cost"]["calibration_tokens"] == 4 * 64
+
+
+def test_curves_hold_every_step(finished):
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["cbq_step"]) for row in rows] == list(range(7 * 3 * 4))
+    assert [int(row["window"]) for row in rows] == [window for window in range(7) for _ in range(12)]
+    for row in rows:
+        total = float(row["loss/rec"]) + float(row["loss/com"])
+        assert math.isclose(total, float(row["loss/total"]), rel_tol=1e-5)
+        assert math.isclose(float(row["loss/l2"]) + float(row["loss/kld"]), float(row["loss/rec"]), rel_tol=1e-5)
+
+
+def test_full_precision_and_loaded_perplexities_equal_a_direct_computation(finished, short_text):
+    perplexity = json.loads((finished / "results.json").read_text())["perplexity"]["text"]
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder("pico"))
+    plain = AutoModelForCausalLM.from_pretrained(embedded_folder("pico"), dtype=torch.float32)
+    text = short_text.read_text(encoding="utf-8")
+    assert direct_perplexity(plain, tokenizer, text, 128) == pytest.approx(perplexity["full_precision"], rel=1e-4)
+    loaded = cbq.load(finished / "checkpoint")
+    assert direct_perplexity(loaded.model, loaded.tokenizer, text, 128) == pytest.approx(
+        perplexity["quantized"], rel=1e-4
+    )
+    # What activation quantization costs is in the loaded model and not in the fused weights.
+    fused = AutoModelForCausalLM.from_pretrained(finished / "checkpoint", dtype=torch.float32)
+    assert direct_perplexity(fused, tokenizer, text, 128) < perplexity["quantized"]
+
+
+def test_rtn_is_round_to_nearest_of_every_block_linear(tmp_path, short_text):
+    overrides = [
+        "quant=w2a16",
+        "reconstruction=none",
+        f"evaluation.text_path={short_text}",
+        "evaluation.segment_tokens=128",
+    ]
+    results = run(tmp_path / "run", *overrides)
+    plain = AutoModelForCausalLM.from_pretrained(embedded_folder("pico"), dtype=torch.float32)
+    for name, module in plain.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            for row in module.weight.data:
+                low, high = min(row.min().item(), 0.0), max(row.max().item(), 0.0)
+                scale = (high - low) / 3
+                zero = round(-low / scale)
+                row.copy_(torch.fake_quantize_per_tensor_affine(row, scale, zero, 0, 3))
+        assert "lm_head" not in name
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder("pico"))
+    expected = direct_perplexity(plain, tokenizer, short_text.read_text(encoding="utf-8"), 128)
+    perplexity = results["perplexity"]["text"]
+    assert perplexity["rtn"] == pytest.approx(expected, rel=1e-3)
+    assert perplexity["quantized"] == pytest.approx(perplexity["rtn"], rel=1e-6)
+    assert results["effective_bits"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.epochs=1", "evaluation=none"]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, *options, f"seed={seed}")
+    weights = {name: (tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in "abc"}
+    curves = {name: (tmp_path / name / "metrics.csv").read_text() for name in "abc"}
+    assert weights["a"] == weights["b"] != weights["c"]
+    assert curves["a"] == curves["b"] != curves["c"]
+
+
+def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
+    results = run(
+        tmp_path / "run",
+        "model=hf",
+        f"model.path={tiny_llama_folder}",
+        "calibration=text",
+        f"calibration.path={tiny_text_file}",
+        "calibration.num_segments=8",
+        "calibration.segment_tokens=32",
+        f"evaluation.text_path={tiny_text_file}",
+        "evaluation.segment_tokens=128",
+        "quant=w2a16",
+        "quant.group_size=32",
+        "rounding=dense_ste",
+    )
+    assert results["scheme"] == "W2A16g32"
+    assert len(results["windows"]) == 3
+    assert all(w["rec_loss_last"] < w["rec_loss_rtn"] for w in results["windows"])
+    assert results["protocol"]["text"]["segment_tokens"] == 128
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    loaded = cbq.load(tmp_path / "run" / "checkpoint").model
+    ids = torch.arange(64)[None]
+    assert torch.equal(plain(ids).logits, loaded(ids).logits)
