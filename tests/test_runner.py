@@ -141,6 +141,8 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
 
 
 def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
+    test_file = tmp_path / "test.txt"
+    test_file.write_text(tiny_text_file.read_text(encoding="utf-8")[-20_000:], encoding="utf-8")
     results = run(
         tmp_path / "run",
         "model=hf",
@@ -149,8 +151,7 @@ def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
         f"calibration.path={tiny_text_file}",
         "calibration.num_segments=8",
         "calibration.segment_tokens=32",
-        f"evaluation.text_path={tiny_text_file}",
-        "evaluation.segment_tokens=128",
+        *on_text(test_file),
         "quant=w2a16",
         "quant.group_size=32",
         "rounding=dense_ste",

@@ -65,20 +65,20 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    ("choice", "overrides", "corpus", "segment_tokens"),
+    ("choice", "overrides", "corpus", "size"),
     [
-        ("embedded", {}, Embedded(), 256),
-        ("text", {"path": "a.txt"}, TextFile("a.txt"), 2048),
-        ("wikitext2", {}, WikiText2(), 2048),
-        ("wikitext2", {"data_dir": "d"}, WikiText2("d"), 2048),
-        ("c4", {}, C4(), 2048),
-        ("c4", {"data_dir": "d"}, C4("d"), 2048),
+        ("embedded", {}, Embedded(), (64, 256)),
+        ("text", {"path": "a.txt"}, TextFile("a.txt"), (128, 2048)),
+        ("wikitext2", {}, WikiText2(), (128, 2048)),
+        ("wikitext2", {"data_dir": "d"}, WikiText2("d"), (128, 2048)),
+        ("c4", {}, C4(), (128, 2048)),
+        ("c4", {"data_dir": "d"}, C4("d"), (128, 2048)),
     ],
 )
-def test_config_choices(choice: str, overrides: dict[str, str], corpus: object, segment_tokens: int) -> None:
+def test_config_choices(choice: str, overrides: dict[str, str], corpus: object, size: tuple[int, int]) -> None:
     config = OmegaConf.load(CONF / f"{choice}.yaml")
     assert set(config) - {"_target_"} == set(inspect.signature(get_object(config["_target_"])).parameters)
-    assert instantiate(config, **overrides) == Calibration(corpus, 128, segment_tokens)
+    assert instantiate(config, **overrides) == Calibration(corpus, *size)
     assert instantiate(config, **overrides, num_segments=3, segment_tokens=5) == Calibration(corpus, 3, 5)
 
 

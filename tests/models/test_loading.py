@@ -50,7 +50,7 @@ def test_folder_gives_the_same_logits_as_transformers(tiny_llama_folder: Path, c
         assert torch.equal(loaded.model(IDS).logits, reference(IDS).logits)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert loaded.model(IDS).past_key_values is None
+    assert loaded.model.config.use_cache  # a checkpoint made from it would generate slowly otherwise
     assert len(loaded.blocks) == 4
     assert (loaded.name, loaded.context, loaded.prompt) == (tiny_llama_folder.name, 128, "The ")
     assert loaded.tokenizer.decode(loaded.tokenizer("Some text.")["input_ids"]) == "Some text."
