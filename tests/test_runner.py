@@ -44,6 +44,11 @@ def direct_perplexity(model: torch.nn.Module, tokenizer, text: str, segment_toke
     return math.exp(nll / count)
 
 
+def on_text(path: Path) -> list[str]:
+    """Return the options that measure perplexity on one short text."""
+    return [f"evaluation.text_path={path}", "evaluation.segment_tokens=128"]
+
+
 @pytest.fixture(scope="module")
 def short_text(tmp_path_factory) -> Path:
     """The first tenth of the embedded test text: enough to tell models apart, in a second."""
@@ -57,13 +62,7 @@ def short_text(tmp_path_factory) -> Path:
 def finished(tmp_path_factory, short_text) -> Path:
     """A finished run of the embedded model: W4A4, dense straight-through rounding."""
     folder = tmp_path_factory.mktemp("runs") / "w4a4"
-    run(
-        folder,
-        "quant=w4a4",
-        "rounding=dense_ste",
-        f"evaluation.text_path={short_text}",
-        "evaluation.segment_tokens=128",
-    )
+    run(folder, "quant=w4a4", "rounding=dense_ste", *on_text(short_text))
     return folder
 
 
@@ -106,13 +105,7 @@ def test_full_precision_and_loaded_perplexities_equal_a_direct_computation(finis
 
 
 def test_rtn_is_round_to_nearest_of_every_block_linear(tmp_path, short_text):
-    overrides = [
-        "quant=w2a16",
-        "reconstruction=none",
-        f"evaluation.text_path={short_text}",
-        "evaluation.segment_tokens=128",
-    ]
-    results = run(tmp_path / "run", *overrides)
+    results = run(tmp_path / "run", "quant=w2a16", "reconstruction=none", *on_text(short_text))
     plain = AutoModelForCausalLM.from_pretrained(embedded_folder("pico"), dtype=torch.float32)
     for name, module in plain.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -52,7 +52,7 @@ def test_folder_gives_the_same_logits_as_transformers(tiny_llama_folder: Path, c
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert loaded.model.config.use_cache  # a checkpoint made from it would generate slowly otherwise
     assert len(loaded.blocks) == 4
-    assert (loaded.name, loaded.context, loaded.prompt) == (tiny_llama_folder.name, 128, "The ")
+    assert (loaded.name, loaded.context, loaded.prompt) == (tiny_llama_folder.name, 128, "The")
     assert loaded.tokenizer.decode(loaded.tokenizer("Some text.")["input_ids"]) == "Some text."
 
 
@@ -61,7 +61,7 @@ def test_embedded_reads_the_package_folder(
 ) -> None:
     monkeypatch.setattr(loading, "embedded_folder", lambda name: tiny_llama_folder if name == "pico" else tmp_path)
     loaded = load_embedded()
-    assert (loaded.name, loaded.prompt, len(loaded.blocks)) == ("pico", "def ", 4)
+    assert (loaded.name, loaded.prompt, len(loaded.blocks)) == ("pico", "    def __init__(self", 4)
     with pytest.raises(InputError, match="the package ships no model 'nano'"):
         load_embedded("nano")
     assert no_network == []

@@ -64,7 +64,7 @@ def embedded_folder(name: str) -> Path:
     return Path(__file__).resolve().parents[1] / name
 
 
-def load_embedded(name: str = "pico", dtype: str = "auto", prompt: str = "def ") -> LoadedModel:
+def load_embedded(name: str = "pico", dtype: str = "auto", prompt: str = "    def __init__(self") -> LoadedModel:
     """Load a model that the package ships: no network, no other file.
 
     Args:
@@ -86,7 +86,7 @@ def load_pretrained(
     revision: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    prompt: str = "The ",
+    prompt: str = "The",
 ) -> LoadedModel:
     """Load a model from a local folder or from the hub.
 

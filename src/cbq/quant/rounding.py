@@ -11,6 +11,7 @@ Shapes: O out_features, I in_features, R rank, G groups a row, g group size (G *
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def compensation_loss(rounding_values: torch.Tensor, beta: float | torch.Tensor)
     return (1 - (2 * rounding_values - 1).abs().pow(beta)).mean()
 
 
-class Rounding(nn.Module):
+class Rounding(nn.Module, ABC):
     """How one linear's weight is rounded: the interface of every kind.
 
     Args:
@@ -78,6 +79,7 @@ class Rounding(nn.Module):
         super().__init__()
         self.learning_rate = learning_rate
 
+    @abstractmethod
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return the rounded values of a weight, before the zero point and the clipping.
 
@@ -89,7 +91,6 @@ class Rounding(nn.Module):
         Returns:
             (O, G, g), integers (or, for the sigmoid kinds before hardening, values between two integers).
         """
-        raise AssertionError("each kind defines its own")
 
     def penalty(self, beta: float) -> torch.Tensor | None:
         """Return the compensation loss of the last forward's values, or None where there is nothing to regularize."""
@@ -131,9 +132,9 @@ class SigmoidRounding(Rounding):
         self.hard = False
         self.last_values: torch.Tensor | None = None
 
+    @abstractmethod
     def rounding_logits(self) -> torch.Tensor:
         """Return the learned V - V0, (O, I)."""
-        raise AssertionError("each kind defines its own")
 
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         steps = groups / initial_scale
@@ -197,9 +198,9 @@ class LoRARounding(SigmoidRounding):
 class StraightThroughRounding(Rounding):
     """round(W / s + offset), on the grid of the learned scale s."""
 
+    @abstractmethod
     def offset(self) -> torch.Tensor:
         """Return the learned offset in units of the scale, (O, I), before clipping."""
-        raise AssertionError("each kind defines its own")
 
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return round_ste(groups / scale + self.offset().view_as(groups).clamp(-0.5, 0.5))
