@@ -157,6 +157,7 @@ class Runner:
             callbacks = [WindowCurves(self.tracker.log), progress]
             for window in plan:
                 results.append(self.solver.solve(window, cache, callbacks))
+                progress.finish_window(results[-1])
                 for block in blocks[window.start : window.finished]:
                     fuse_linears_(block)
                 cache.advance_quantized(window.finished)

@@ -133,11 +133,19 @@ def test_hard_rounding_starts_as_round_to_nearest(kind, scheme, weight):
     np.testing.assert_array_equal(integers, nearest_by_hand(weight, quantizer))
 
 
-@pytest.mark.parametrize("kind", STRAIGHT_THROUGH_KINDS)
-def test_straight_through_starts_as_round_to_nearest_on_ties_too(kind):
-    """Also on ties, and without hardening."""
+@pytest.mark.parametrize("kind", LEARNED_KINDS)
+def test_hard_rounding_starts_as_round_to_nearest_on_ties_too(kind):
+    """Weights in bfloat16 have ties: they must not count as changed integers."""
     groups = torch.linspace(-4, 4, 96).view(6, 1, 16).mul(2).round().div(2)
     one = torch.ones(6, 1, 1)
+    rounding = make(kind)
+    rounding.harden_()
+    assert torch.equal(rounding(groups, one, one), torch.round(groups))
+
+
+@pytest.mark.parametrize("kind", STRAIGHT_THROUGH_KINDS)
+def test_straight_through_is_discrete_without_hardening(kind):
+    groups, one = torch.linspace(-4, 4, 96).view(6, 1, 16), torch.ones(6, 1, 1)
     assert torch.equal(make(kind)(groups, one, one), torch.round(groups))
 
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
+from cbq.reconstruction.solver import WindowResult
 from cbq.report import progress as progress_module
 from cbq.report.progress import WindowProgress
 
@@ -75,30 +76,36 @@ def make_console(terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=80)
 
 
+def solved(start: int, stop: int, seconds: float) -> WindowResult:
+    return WindowResult(start, stop, 3.0, 1.25, 2.5, 0.1, seconds)
+
+
 def run(console: Console, clock: Clock, step_seconds: float = 1.0, error: BaseException | None = None) -> str:
     """Show three windows, of which the last one may fail, and return all that was written."""
     with WindowProgress(console) as progress:
         progress.start(num_windows=3, steps_per_window=[STEPS] * 3)
         for start, stop in ((0, 2), (1, 3), (3, 4)):
+            began = clock.seconds
             fit(progress, Module(start, stop, clock, step_seconds, error if start == 3 else None))
-            clock.seconds += 1.0  # work between the windows
+            clock.seconds += 1.0  # measuring the window
+            progress.finish_window(solved(start, stop, clock.seconds - began))
     return console.file.getvalue()
 
 
 def test_plain_lines(clock):
-    # First tenth: steps 0 and 1 of 20; latest tenth: steps 18 and 19.
     assert run(make_console(terminal=False), clock).splitlines() == [
-        "window 1/3  blocks 0-1  loss 0.995 -> 0.815  20.0 s  left 0:40",
-        "window 2/3  blocks 1-2  loss 0.995 -> 0.815  20.0 s  left 0:20",  # 41 s for 40 of 60 steps
-        "window 3/3  block 3  loss 0.995 -> 0.815  20.0 s  left 0:00",
+        "window 1/3  blocks 0-1  loss 2.5 (nearest) -> 1.25  21.0 s  left 0:42",
+        "window 2/3  blocks 1-2  loss 2.5 (nearest) -> 1.25  21.0 s  left 0:21",
+        "window 3/3  block 3  loss 2.5 (nearest) -> 1.25  21.0 s  left 0:00",
     ]
 
 
 def test_plain_lines_inside_long_windows(clock):
     lines = run(make_console(terminal=False), clock, step_seconds=2.0).splitlines()
     assert len(lines) == 6
-    assert lines[0] == "window 1/3  blocks 0-1  step 15/20  loss 0.995 -> 0.865  30.0 s  left 1:30"
-    assert lines[1] == "window 1/3  blocks 0-1  loss 0.995 -> 0.815  40.0 s  left 1:20"
+    # The latest tenth: steps 13 and 14.
+    assert lines[0] == "window 1/3  blocks 0-1  step 15/20  loss 0.865  30.0 s  left 1:30"
+    assert lines[1] == "window 1/3  blocks 0-1  loss 2.5 (nearest) -> 1.25  41.0 s  left 1:22"
 
 
 def test_one_bar_on_a_terminal(clock):
@@ -107,8 +114,13 @@ def test_one_bar_on_a_terminal(clock):
     assert output.rindex(SHOW_CURSOR) > output.rindex(HIDE_CURSOR)
     # What is left on the screen: a bar is drawn over its predecessor on the same line.
     screen = [ANSI.sub("", line.split(ERASE_LINE)[-1]).strip() for line in output.split("\n")]
-    (bar,) = (line for line in screen if "window" in line)
-    assert re.fullmatch(r"window 3/3  block 3 +━{16} +100% +loss 0\.815 +left 0:00", bar)
+    *lines, bar = (line for line in screen if "window" in line)
+    assert [line.split("  loss")[0] for line in lines] == [
+        "window 1/3  blocks 0-1",
+        "window 2/3  blocks 1-2",
+        "window 3/3  block 3",
+    ]
+    assert re.fullmatch(r"window 3/3  block 3 +━{16} +100% +left 0:00", bar)
 
 
 def test_the_bar_fits_80_columns(clock):
@@ -120,6 +132,7 @@ def test_the_bar_fits_80_columns(clock):
             clock.seconds += 4000.0
             fit(progress, module)
             module.losses = {"loss/rec": torch.tensor(1.2345e-05)}
+            progress.finish_window(solved(126, 128, 4000.0))
     assert "…" not in console.file.getvalue()
     assert "window 10/10  blocks 126-127" in ANSI.sub("", console.file.getvalue())
 
@@ -129,8 +142,8 @@ def test_losses_are_read_twice_a_second_at_most(clock, monkeypatch):
     original = progress_module._format_mean
     monkeypatch.setattr(progress_module, "_format_mean", lambda losses: reads.append(clock.seconds) or original(losses))
     run(make_console(terminal=True), clock, step_seconds=0.125)
-    # 20 steps take 2.5 s: steps 1, 5, 9, 13, 17 and the end of the window.
-    assert len(reads) == 3 * 6
+    # 20 steps take 2.5 s: steps 1, 5, 9, 13 and 17.
+    assert len(reads) == 3 * 5
 
 
 def test_a_window_that_stops_early_is_complete(clock):
@@ -138,7 +151,20 @@ def test_a_window_that_stops_early_is_complete(clock):
     with WindowProgress(console) as progress:
         progress.start(num_windows=2, steps_per_window=[STEPS, STEPS])
         fit(progress, Module(0, 1, clock, 1.0, None), max_steps=5)
-    assert console.file.getvalue() == "window 1/2  block 0  loss 0.995 -> 0.965  5.0 s  left 0:05\n"
+        progress.finish_window(solved(0, 1, 5.0))
+    assert console.file.getvalue() == "window 1/2  block 0  loss 2.5 (nearest) -> 1.25  5.0 s  left 0:05\n"
+
+
+def test_a_window_where_nothing_is_learned_counts(clock):
+    console = make_console(terminal=False)
+    with WindowProgress(console) as progress:
+        progress.start(num_windows=2, steps_per_window=[0, 0])
+        for block in range(2):
+            progress.finish_window(solved(block, block + 1, 1.0))
+    assert [line.split("  loss")[0] for line in console.file.getvalue().splitlines()] == [
+        "window 1/2  block 0",
+        "window 2/2  block 1",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ class SigmoidRounding(Rounding):
         low = steps.floor()
         values = shifted_rectified_sigmoid(steps - low, self.rounding_logits().view_as(groups))
         if self.hard:  # the late phase at the end of section 3.2
-            return low + round_ste(values)
+            return round_ste(low + values)
         self.last_values = values if values.requires_grad else None
         return low + values
 

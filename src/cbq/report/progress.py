@@ -11,16 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from cbq.cost import format_duration
+from cbq.reconstruction.solver import WindowResult
 
 READ_SECONDS = 0.5  # at most this often a loss is read: on a GPU, reading waits for the work in flight
 LINE_SECONDS = 30.0  # a log of plain lines shows that a long window is alive
 
 
 class WindowProgress(L.Callback):
-    """Shows window, blocks, loss and time left: one bar on a terminal, plain lines anywhere else.
+    """Shows window, blocks, loss and time left: one bar on a terminal, and a plain line for every finished window.
 
-    A loss shown is the mean of "loss/rec" over a tenth of the window's steps (the first and the latest tenth), because
-    steps see different segments and single ones cannot be compared.
+    While a window is learned, the loss shown is the mean of "loss/rec" over the latest tenth of its steps, because
+    steps see different segments and single ones cannot be compared. A finished window shows its measured losses,
+    rounded to nearest and as learned: those of soft rounding say nothing about what is left after hardening.
 
     Args:
         console: Where to draw. By default one of its own, which no other live display shares.
@@ -29,16 +31,15 @@ class WindowProgress(L.Callback):
         with WindowProgress() as progress:
             progress.start(num_windows=7, steps_per_window=[384] * 7)
             for window in windows:
-                Trainer(callbacks=[progress]).fit(...)
+                progress.finish_window(solver.solve(window, cache, callbacks=[progress]))
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._bar: Progress | None = None
         self._steps_per_window: list[int] = []
-        self._num_started = 0  # windows
+        self._num_finished = 0  # windows
         self._step = 0  # of the current window
-        self._first_losses: list[torch.Tensor] = []
         self._latest_losses: deque[torch.Tensor] = deque()
 
     def __enter__(self) -> "WindowProgress":
@@ -53,13 +54,13 @@ class WindowProgress(L.Callback):
         """Open the display; the time left counts from here.
 
         Args:
-            num_windows: Number of `Trainer.fit` calls to come.
-            steps_per_window: Training batches of each window, all epochs together.
+            num_windows: How many `finish_window` will end.
+            steps_per_window: Training batches of each window, all epochs together; 0 where nothing is learned.
         """
         assert len(steps_per_window) == num_windows, f"{len(steps_per_window)} step counts for {num_windows} windows"
         self.stop()
         self._steps_per_window = steps_per_window
-        self._num_started = 0
+        self._num_finished, self._step = 0, 0
         self._start_time = time.monotonic()
         if self._console.is_interactive:
             self._bar = Progress(
@@ -79,12 +80,10 @@ class WindowProgress(L.Callback):
             self._bar = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin a window."""
-        assert self._num_started < len(self._steps_per_window), "start() must announce every fit"
-        self._tenth = max(1, self._steps_per_window[self._num_started] // 10)
-        self._num_started += 1
+        """Begin to learn a window."""
+        assert self._num_finished < len(self._steps_per_window), "start() must announce every window"
+        self._tenth = max(1, self._steps_per_window[self._num_finished] // 10)
         self._step = 0
-        self._first_losses = []
         self._latest_losses = deque(maxlen=self._tenth)
         self._window_time = self._line_time = time.monotonic()
         self._read_time = float("-inf")  # the first step shows at once
@@ -94,49 +93,52 @@ class WindowProgress(L.Callback):
     ) -> None:
         """Count a step; show it if the last news is old enough."""
         self._step += 1
-        loss = pl_module.losses["loss/rec"]
-        if len(self._first_losses) < self._tenth:
-            self._first_losses.append(loss)
-        self._latest_losses.append(loss)
+        self._latest_losses.append(pl_module.losses["loss/rec"])
         now = time.monotonic()
         if self._bar is not None and now - self._read_time >= READ_SECONDS:
             self._read_time = now
             self._update_bar(pl_module)
         elif self._bar is None and now - self._line_time >= LINE_SECONDS:
             self._line_time = now
-            self._print_line(pl_module, finished=False)
+            self._print_step(pl_module)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish_window(self, result: WindowResult) -> None:
         """End a window; one that stopped early counts as complete."""
-        self._step = self._steps_per_window[self._num_started - 1]
+        position = self._position(result.start, result.stop)
+        self._num_finished, self._step = self._num_finished + 1, 0
         if self._bar is not None:
-            self._update_bar(pl_module)
-        else:
-            self._print_line(pl_module, finished=True)
+            self._bar.update(self._bar.task_ids[0], completed=self._steps_done(), status=f"left {self._time_left()}")
+        self._print(
+            position,
+            f"loss {result.rec_loss_rtn:.4g} (nearest) -> {result.rec_loss_last:.4g}",
+            f"{result.wall_time_seconds:.1f} s",
+            f"left {self._time_left()}",
+        )
 
     def _update_bar(self, module: L.LightningModule) -> None:
         task = self._bar.task_ids[0]
         status = f"loss {_format_mean(self._latest_losses)}  left {self._time_left()}"
-        self._bar.update(task, description=self._position(module), completed=self._steps_done(), status=status)
+        position = self._position(module.window.start, module.window.stop)
+        self._bar.update(task, description=position, completed=self._steps_done(), status=status)
 
-    def _print_line(self, module: L.LightningModule, finished: bool) -> None:
-        parts = [
-            self._position(module),
-            f"loss {_format_mean(self._first_losses)} -> {_format_mean(self._latest_losses)}",
+    def _print_step(self, module: L.LightningModule) -> None:
+        self._print(
+            self._position(module.window.start, module.window.stop),
+            f"step {self._step}/{self._steps_per_window[self._num_finished]}",
+            f"loss {_format_mean(self._latest_losses)}",
             f"{time.monotonic() - self._window_time:.1f} s",
             f"left {self._time_left()}",
-        ]
-        if not finished:
-            parts.insert(1, f"step {self._step}/{self._steps_per_window[self._num_started - 1]}")
+        )
+
+    def _print(self, *parts: str) -> None:
         self._console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)
 
-    def _position(self, module: L.LightningModule) -> str:
-        first, last = module.window.start, module.window.stop - 1
-        blocks = f"blocks {first}-{last}" if first < last else f"block {first}"
-        return f"window {self._num_started}/{len(self._steps_per_window)}  {blocks}"
+    def _position(self, start: int, stop: int) -> str:
+        blocks = f"blocks {start}-{stop - 1}" if stop - start > 1 else f"block {start}"
+        return f"window {self._num_finished + 1}/{len(self._steps_per_window)}  {blocks}"
 
     def _steps_done(self) -> int:
-        return sum(self._steps_per_window[: self._num_started - 1]) + self._step
+        return sum(self._steps_per_window[: self._num_finished]) + self._step
 
     def _time_left(self) -> str:
         """Extend the pace so far, with the work between the windows, over the steps to come."""
@@ -146,5 +148,5 @@ class WindowProgress(L.Callback):
         return format_duration((time.monotonic() - self._start_time) * max(0, total - done) / done)
 
 
-def _format_mean(losses: list[torch.Tensor] | deque[torch.Tensor]) -> str:
+def _format_mean(losses: deque[torch.Tensor]) -> str:
     return f"{torch.stack(list(losses)).mean().item():.4g}" if losses else "-"
