@@ -46,7 +46,7 @@ class QuantLinear(nn.Module):
         self.act_quantizer: ActQuantizer | None = None
         if scheme.quantizes_weights:
             self.weight_quantizer = WeightQuantizer(
-                linear.weight.detach(), scheme.weight_bits, scheme.group_size, scheme.symmetric
+                linear.weight, scheme.weight_bits, scheme.group_size, scheme.symmetric
             )
         if scheme.quantizes_activations:
             self.act_quantizer = ActQuantizer(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)

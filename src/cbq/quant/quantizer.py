@@ -43,11 +43,17 @@ class WeightQuantizer(nn.Module):
             raise InputError(f"quant.group_size must divide the {weight.shape[1]} input features, got {group_size}")
         self.bits = bits
         self.group_size = group_size
+        self.symmetric = symmetric
         self.quant_min, self.quant_max = quant_range(bits)
-        scale, zero_point = choose_qparams_affine(to_groups(weight, group_size), bits, symmetric)
-        self.register_buffer("initial_scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self.scale_multiplier = nn.Parameter(torch.ones_like(scale))
+        self.register_buffer("initial_scale", None)
+        self.register_buffer("zero_point", None)
+        self.set_range_(weight)
+        self.scale_multiplier = nn.Parameter(torch.ones_like(self.initial_scale))
+
+    def set_range_(self, weight: torch.Tensor) -> None:
+        """Cover the range of `weight` (O, I): the weight itself, or a copy without its outliers, which then clip."""
+        groups = to_groups(weight.detach(), self.group_size)
+        self.initial_scale, self.zero_point = choose_qparams_affine(groups, self.bits, self.symmetric)
 
     @property
     def scale(self) -> torch.Tensor:

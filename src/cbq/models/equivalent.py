@@ -1,0 +1,76 @@
+"""Scaling a block's activations channel by channel, without changing what the block computes.
+
+Shapes: C channels of a producer, I in_features of a consumer.
+"""
+
+import torch
+from torch import nn
+
+from cbq.models.families import ScalingPair
+
+
+def channel_of_input(num_channels: int, in_features: int, head_dim: int) -> torch.Tensor:
+    """Return which channel of the producer each input feature of a consumer is, (I,).
+
+    They are the same but in grouped-query attention, where several query heads read one value head.
+
+    Args:
+        num_channels: C; divides I.
+        in_features: I.
+        head_dim: channels of a head.
+
+    Example:
+        >>> channel_of_input(num_channels=4, in_features=8, head_dim=2).tolist()
+        [0, 1, 0, 1, 2, 3, 2, 3]
+        >>> channel_of_input(num_channels=3, in_features=3, head_dim=2).tolist()
+        [0, 1, 2]
+    """
+    if num_channels == in_features:
+        return torch.arange(num_channels)
+    assert in_features % num_channels == 0, f"{in_features} input features cannot share {num_channels} channels"
+    heads = torch.arange(num_channels).view(-1, 1, head_dim)
+    return heads.expand(-1, in_features // num_channels, -1).flatten()
+
+
+def producer_maxima(pair: ScalingPair, block: nn.Module, input_maxima: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Return the largest |x| of each channel of the pair's producer, (C,).
+
+    Args:
+        pair: which modules.
+        block: has them.
+        input_maxima: the largest |x| of each input feature of its consumers, (I,).
+        head_dim: channels of a head.
+    """
+    num_channels = block.get_submodule(pair.producer).weight.shape[0]
+    channels = channel_of_input(num_channels, len(input_maxima), head_dim).to(input_maxima.device)
+    return input_maxima.new_zeros(num_channels).scatter_reduce(0, channels, input_maxima, "amax")
+
+
+def scale_rows(rows: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a producer's parameter, (C,) or (C, any), divided by `channel_scale` (C,)."""
+    return rows / channel_scale.view(-1, *[1] * (rows.dim() - 1))
+
+
+def scale_columns(columns: torch.Tensor, channel_scale: torch.Tensor, in_features: int, head_dim: int) -> torch.Tensor:
+    """Return the columns of a consumer's parameter, (any, I) or (any, 1), times `channel_scale` (C,)."""
+    return columns * channel_scale[channel_of_input(len(channel_scale), in_features, head_dim).to(channel_scale.device)]
+
+
+@torch.no_grad()
+def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Tensor, head_dim: int) -> None:
+    """Divide the producer's output channels by `channel_scale` (C,) and multiply its consumers' input features by it.
+
+    The block computes the same, but for the rounding of its weights' dtype.
+
+    Args:
+        pair: which modules.
+        block: has them.
+        channel_scale: positive.
+        head_dim: channels of a head.
+    """
+    producer = block.get_submodule(pair.producer)
+    for parameter in producer.parameters(recurse=False):
+        parameter.copy_(scale_rows(parameter, channel_scale))
+    for name in pair.consumers:
+        weight = block.get_submodule(name).weight
+        weight.copy_(scale_columns(weight, channel_scale, weight.shape[1], head_dim))

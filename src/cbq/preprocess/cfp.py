@@ -1,0 +1,143 @@
+"""Coarse-to-fine preprocessing: outliers of weights are cut off, those of activations are scaled down (section 3.4).
+
+Shapes: O out_features, I in_features, C channels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from cbq.errors import InputError
+from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
+from cbq.models.families import ScalingPair, find_family, head_dim
+from cbq.preprocess.outliers import RESERVED, largest_reserved
+from cbq.preprocess.statistics import input_maxima
+from cbq.quant.linear import QuantLinear
+
+SMALLEST_CHANNEL_SCALE = 1e-2  # a channel that is always zero is not blown up without end
+
+
+def relative_to_reserved(maxima: torch.Tensor, reserved: torch.Tensor) -> torch.Tensor:
+    """Return sqrt(maximum / largest reserved maximum) for the outliers, and 1 for all other channels.
+
+    Example:
+        >>> relative_to_reserved(torch.tensor([1.0, 2.0, 32.0]), torch.tensor(2.0)).tolist()
+        [1.0, 1.0, 4.0]
+    """
+    scale = (maxima / reserved).clamp_min(1).sqrt()
+    return torch.where(reserved > 0, scale, torch.ones_like(scale))  # nothing is large compared with nothing
+
+
+def relative_to_largest(maxima: torch.Tensor, reserved: torch.Tensor) -> torch.Tensor:
+    """Return sqrt(maximum / largest maximum) for every channel, or 1 where there is no outlier.
+
+    Example:
+        >>> relative_to_largest(torch.tensor([2.0, 8.0, 32.0]), torch.tensor(8.0)).tolist()
+        [0.25, 0.5, 1.0]
+
+    Source: Eq. 14 read literally: Max(O*) is the largest outlier.
+    """
+    largest = maxima.max()
+    scale = (maxima / largest).sqrt().clamp_min(SMALLEST_CHANNEL_SCALE)
+    return torch.where(largest > reserved, scale, torch.ones_like(scale))
+
+
+CHANNEL_SCALES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "reserved": relative_to_reserved,
+    "largest": relative_to_largest,
+}
+
+
+class CoarseToFine:
+    """The paper's preprocessing.
+
+    Args:
+        weights: cut off the outliers of each output channel of each weight.
+        activations: scale down the channels of activations that are outliers, and the weights before them, and scale
+            up the weights after them.
+        lambda1: see `largest_reserved`.
+        lambda2: see `largest_reserved`.
+        reserved: `all` or `coarse`; see `largest_reserved`.
+        relative_to: `reserved`, outliers are brought to the geometric mean of their size and the largest reserved
+            channel's; or `largest`, Eq. 14 read literally.
+
+    Raises:
+        InputError: an option is unknown or out of range.
+
+    Source: section 3.4, Algorithm 1, Eq. 14.
+    Note: a weight is cut off by its quantizer, whose range leaves the outliers out: what the windows learn to
+        reproduce stays the original model.
+    """
+
+    def __init__(
+        self,
+        weights: bool,
+        activations: bool,
+        lambda1: float = 1.5,
+        lambda2: float = 1.0,
+        reserved: str = "all",
+        relative_to: str = "reserved",
+    ) -> None:
+        for key, value in {"weights": weights, "activations": activations}.items():
+            if not isinstance(value, bool):
+                raise InputError(f"preprocess.{key} must be true or false, got {value!r}")
+        for key, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise InputError(f"preprocess.{key} must be a number of at least 0, got {value!r}")
+        for key, value, choices in (
+            ("reserved", reserved, RESERVED),
+            ("relative_to", relative_to, CHANNEL_SCALES),
+        ):
+            if value not in choices:
+                raise InputError(f"preprocess.{key} must be one of {', '.join(choices)}, got {value!r}")
+        self.weights = weights
+        self.activations = activations
+        self.lambda1, self.lambda2, self.reserved = lambda1, lambda2, reserved
+        self.channel_scale = CHANNEL_SCALES[relative_to]
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+        """Change the blocks' weights and the ranges of their weight quantizers; the model computes what it did.
+
+        Args:
+            model: the language model, its linears in the full-precision state.
+            blocks: its blocks.
+            segments: calibration token ids, (N, T).
+        """
+        pairs = find_family(model.config).scaling_pairs if self.activations else ()
+        statistics = input_maxima(model, blocks, segments) if pairs else ({} for _ in blocks)
+        for block, maxima in zip(blocks, statistics, strict=True):
+            linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
+            # Before activations are scaled: that makes columns of weights larger on purpose.
+            limits = {name: self.weight_limits(linear.weight) for name, linear in linears.items()}
+            for pair in pairs:
+                self.scale_activations_(pair, block, maxima, limits, head_dim(model.config))
+            for name, linear in linears.items():
+                if linear.weight_quantizer is not None:
+                    linear.weight_quantizer.set_range_(linear.weight.float().clamp(-limits[name], limits[name]))
+
+    def weight_limits(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the largest |w| of each output channel of `weight` (O, I) that is no outlier, (O, 1)."""
+        magnitudes = weight.float().abs()
+        if not self.weights:
+            return magnitudes.amax(-1, keepdim=True)
+        return largest_reserved(magnitudes, self.lambda1, self.lambda2, self.reserved).unsqueeze(-1)
+
+    def scale_activations_(
+        self,
+        pair: ScalingPair,
+        block: nn.Module,
+        maxima: dict[str, torch.Tensor],
+        limits: dict[str, torch.Tensor],
+        head_dim: int,
+    ) -> None:
+        """Scale the channels between a producer and its consumers, and the weights' limits with the weights."""
+        channels = producer_maxima(pair, block, maxima[pair.consumers[0]], head_dim)
+        reserved = largest_reserved(channels[None], self.lambda1, self.lambda2, self.reserved).squeeze(0)
+        scale = self.channel_scale(channels, reserved)
+        scale_channels_(pair, block, scale, head_dim)
+        if pair.producer in limits:
+            limits[pair.producer] = scale_rows(limits[pair.producer], scale)
+        for name in pair.consumers:
+            limits[name] = scale_columns(limits[name], scale, block.get_submodule(name).in_features, head_dim)

@@ -1,0 +1,123 @@
+"""Coarse-to-fine preprocessing on a small LLaMA with outliers put in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cbq.errors import InputError
+from cbq.models.families import get_blocks
+from cbq.preprocess.cfp import CoarseToFine
+from cbq.preprocess.outliers import largest_reserved
+from cbq.preprocess.statistics import input_maxima
+from cbq.quant.linear import QuantLinear, quant_linears, quantize_linears_
+from cbq.quant.scheme import QuantScheme
+
+SEGMENTS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(0))
+OUTLIER = 5
+
+
+@pytest.fixture
+def model(tiny_llama_folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32).eval().requires_grad_(False)
+    for block in get_blocks(model):
+        block.input_layernorm.weight[OUTLIER] *= 100
+        block.mlp.gate_proj.weight[3:11, 7] = 20.0
+    quantize_linears_(get_blocks(model), QuantScheme(4, 4))
+    return model
+
+
+def test_off_means_untouched(model) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    CoarseToFine(weights=False, activations=False).apply_(model, get_blocks(model), SEGMENTS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("relative_to", ["reserved", "largest"])
+def test_the_function_stays(model, relative_to: str) -> None:
+    expected = model(SEGMENTS).logits
+    CoarseToFine(True, True, relative_to=relative_to).apply_(model, get_blocks(model), SEGMENTS)
+    torch.testing.assert_close(model(SEGMENTS).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_outlier_channel_is_brought_to_the_geometric_mean(model) -> None:
+    before = [maxima["self_attn.q_proj"] for maxima in input_maxima(model, get_blocks(model), SEGMENTS)]
+    weights = [block.self_attn.k_proj.weight.clone() for block in get_blocks(model)]
+    CoarseToFine(False, True).apply_(model, get_blocks(model), SEGMENTS)
+    after = [maxima["self_attn.q_proj"] for maxima in input_maxima(model, get_blocks(model), SEGMENTS)]
+    for block, old, new, weight in zip(get_blocks(model), before, after, weights, strict=True):
+        limit = largest_reserved(old[None])
+        outliers = old > limit
+        assert outliers[OUTLIER]
+        torch.testing.assert_close(new[outliers], (old[outliers] * limit).sqrt(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(new[~outliers], old[~outliers], rtol=1e-3, atol=1e-4)
+        column = weight[:, OUTLIER] * (old[OUTLIER] / limit).sqrt()
+        torch.testing.assert_close(block.self_attn.k_proj.weight[:, OUTLIER], column, rtol=1e-3, atol=1e-4)
+
+
+def test_weight_quantizers_cover_the_weight_without_its_outliers(model) -> None:
+    weight = get_blocks(model)[1].mlp.gate_proj.weight.clone()
+    CoarseToFine(True, False).apply_(model, get_blocks(model), SEGMENTS)
+    linear = get_blocks(model)[1].mlp.gate_proj
+    assert torch.equal(linear.weight, weight), "what windows learn to reproduce keeps its outliers"
+    limits = largest_reserved(weight.abs())
+    assert limits[3:11].max() < 20
+    clipped = weight.clamp(-limits[:, None], limits[:, None])
+    scale = (clipped.amax(1).clamp_min(0) - clipped.amin(1).clamp_max(0)) / 15
+    torch.testing.assert_close(linear.weight_quantizer.initial_scale.flatten(), scale)
+    # Rounding the clipped weight is what rounding to nearest now does. A row that is cut off on both sides has its
+    # zero point in the middle of two integers, where the last digit decides.
+    zero_point = -clipped.amin(1).clamp_max(0) / scale
+    compared = [row for row in range(128) if (zero_point[row] % 1 - 0.5).abs() > 1e-3]
+    assert len(set(compared) & set(range(3, 11))) > 1
+    assert len(compared) > 100
+    nearest = linear.weight_quantizer.nearest(weight)
+    for row in compared:
+        zero = round(zero_point[row].item())
+        expected = torch.fake_quantize_per_tensor_affine(clipped[row], scale[row].item(), zero, 0, 15)
+        torch.testing.assert_close(nearest[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scaled_column_is_no_outlier_of_its_weight(model) -> None:
+    """Weights are cut off by what they were before activations were scaled."""
+    plain = [linear.weight.clone() for linear in quant_linears(get_blocks(model))]
+    CoarseToFine(True, True).apply_(model, get_blocks(model), SEGMENTS)
+    for weight, linear in zip(plain, quant_linears(get_blocks(model)), strict=True):
+        clipped = weight.clamp(-(limit := largest_reserved(weight.abs())[:, None]), limit)
+        factor = torch.where(weight == 0, torch.ones_like(weight), linear.weight / weight)
+        expected = clipped * factor
+        scale = (expected.amax(1).clamp_min(0) - expected.amin(1).clamp_max(0)) / 15
+        torch.testing.assert_close(linear.weight_quantizer.initial_scale.flatten(), scale, rtol=1e-3, atol=1e-6)
+
+
+def test_dead_channels_stay_finite(model) -> None:
+    for block in get_blocks(model):
+        block.post_attention_layernorm.weight.zero_()
+        block.post_attention_layernorm.weight[0] = 1.0
+    for relative_to in ("reserved", "largest"):
+        CoarseToFine(True, True, relative_to=relative_to).apply_(model, get_blocks(model), SEGMENTS)
+    assert all(linear.weight.isfinite().all() for linear in quant_linears(get_blocks(model)))
+    assert model(SEGMENTS).logits.isfinite().all()
+
+
+def test_full_precision_weights_have_no_quantizer_to_set(tiny_llama_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32).requires_grad_(False)
+    quantize_linears_(get_blocks(model), QuantScheme(16, 4))
+    CoarseToFine(True, True).apply_(model, get_blocks(model), SEGMENTS)
+    assert all(isinstance(linear, QuantLinear) for linear in quant_linears(get_blocks(model)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reserved": "fine"}, "preprocess.reserved must be one of all, coarse, got 'fine'"),
+        ({"relative_to": "median"}, "preprocess.relative_to must be one of reserved, largest"),
+        ({"lambda1": -1}, "preprocess.lambda1 must be a number of at least 0"),
+        ({"lambda2": "a"}, "preprocess.lambda2 must be a number of at least 0"),
+        ({"weights": 1}, "preprocess.weights must be true or false"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CoarseToFine(**({"weights": True, "activations": True} | options))
