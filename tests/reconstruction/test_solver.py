@@ -16,7 +16,7 @@ from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.solver import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
 
-W2A16, W4A4, W16A8 = QuantScheme(2, 16), QuantScheme(4, 4), QuantScheme(16, 8)
+W2A16, W4A4, W16A4 = QuantScheme(2, 16), QuantScheme(4, 4), QuantScheme(16, 4)
 MULTIPLIERS = ("scale_multiplier", "range_multiplier")
 PARAMETERS_OF = {
     DenseSTE: {"offset_values"},
@@ -172,10 +172,10 @@ def test_targets_and_inputs_of_the_second_window(solve_two, tiny_llama, segments
     assert not torch.allclose(targets, homologous, atol=1e-2)
 
 
-@pytest.mark.parametrize("scheme", [W4A4, W16A8], ids=lambda scheme: scheme.label)
+@pytest.mark.parametrize("scheme", [W4A4, W16A4], ids=lambda scheme: scheme.label)
 def test_rate_zero_leaves_the_multiplier_at_one(solve_two, scheme):
     for rates, still, moved in (
-        ({"weight_scale": 0}, "scale_multiplier", "range_multiplier"),
+        ({"weight_scale": 0, "act_scale": 1e-2}, "scale_multiplier", "range_multiplier"),
         ({"act_scale": 0}, "range_multiplier", "scale_multiplier"),
     ):
         setup, _ = solve_two(scheme, **rates)
@@ -183,7 +183,7 @@ def test_rate_zero_leaves_the_multiplier_at_one(solve_two, scheme):
         assert all((state[name] == 1).all() for name in state if name.endswith(still))
         learned = [state[name] for name in state if name.endswith(moved) and name.split(".")[2] in "12"]
         assert all((multiplier != 1).any() for multiplier in learned)
-        assert learned or (scheme is W16A8 and moved == "scale_multiplier")
+        assert learned or (scheme is W16A4 and moved == "scale_multiplier")
 
 
 ALL_PARTS = {"kind": AdaRound, "learning_rate": 1e-2, "compensation_weight": 100.0, "num_windows": 2}
@@ -250,8 +250,8 @@ def test_every_window_size(run, window):
 
 
 def test_activations_only(run, tiny_llama):
-    """W16A8: nothing but S_X to learn, weights as they were."""
-    setup = run(W16A8, act_scale=1e-2)
+    """W16A4: nothing but S_X to learn, weights as they were."""
+    setup = run(W16A4, act_scale=1e-2)
     assert [result.changed_integers for result in setup.results] == [0.0] * 3
     for name, module in setup.model.named_modules():
         if isinstance(module, FusedLinear):

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -16,6 +16,7 @@ from cbq.errors import InputError
 from cbq.quant.linear import LinearState, QuantLinear, linear_state, quant_linears
 from cbq.quant.rounding import Rounding
 from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
+from cbq.reconstruction.guard import FiniteSteps, restore_, snapshot
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.windows import Window
@@ -38,7 +39,7 @@ class WindowResult:
         rec_loss_rtn: rounded to nearest at the initial step sizes.
         changed_integers: share of the window's integers that differ from round-to-nearest.
         wall_time_seconds: for solving, measuring included.
-        guard: what the guard did, or None.
+        guard: what kept the window sound, in words, or None: nothing was needed.
     """
 
     start: int
@@ -134,6 +135,7 @@ class Reconstruction:
         self.seed = seed
         self.hardening = HardRounding(hard_start)
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
+        self.finite_steps = FiniteSteps()
         self.prepared: set[QuantLinear] = set()
 
     def steps(self, num_segments: int) -> int:
@@ -159,11 +161,14 @@ class Reconstruction:
         module = WindowModule(
             window, cache, self.loss, self.compensation_weight, self.learning_rates, self.homologous_weight
         )
+        guard, last = None, first
         if module.groups:
+            start = snapshot(module)
             self._fit(module, targets, callbacks)
-        for linear in linears:
-            linear.rounding.harden_()
-        last = measure(window, cache, targets, self.loss)
+            for linear in linears:
+                linear.rounding.harden_()
+            last = measure(window, cache, targets, self.loss)
+            guard, last = self._keep_best(module, start, first, nearest, last)
         changed, total = map(sum, zip(*(linear.changed_integers() for linear in linears), strict=True))
         return WindowResult(
             start=window.start,
@@ -173,20 +178,48 @@ class Reconstruction:
             rec_loss_rtn=nearest,
             changed_integers=changed / max(total, 1),
             wall_time_seconds=time.perf_counter() - began,
+            guard=guard,
         )
+
+    def _keep_best(
+        self, module: WindowModule, start: list[torch.Tensor], first: float, nearest: float, last: float
+    ) -> tuple[str | None, float]:
+        """Go back to the window's start, or to round-to-nearest, if what was learned is worse.
+
+        Returns:
+            what was done, or None; the reconstruction loss of what is kept.
+        """
+        done = self.finite_steps.describe()
+        kept = last
+        if not last <= first:  # also where it is not a number
+            restore_(module, start)
+            kept = first
+        if not kept <= nearest:
+            self._reset(module.linears)
+            kept = nearest
+        if kept != last:
+            what = "round-to-nearest" if kept == nearest else "the window's start"
+            done = "; ".join(filter(None, [done, f"fell back to {what}: the loss ended at {last:.4g}, not {kept:.4g}"]))
+        return done, kept
 
     def _prepare(self, linears: list[QuantLinear]) -> None:
         """Give each linear that is new to reconstruction its rounding; the others go on from what they learned."""
+        self._reset([linear for linear in linears if self.restart or linear not in self.prepared])
         for linear in linears:
-            if linear.weight_quantizer is not None and (self.restart or linear not in self.prepared):
-                linear.rounding = self.rounding(linear.out_features, linear.in_features).to(linear.weight.device)
-                torch.nn.init.ones_(linear.weight_quantizer.scale_multiplier)
-            if linear.act_quantizer is not None and self.restart:
-                torch.nn.init.ones_(linear.act_quantizer.range_multiplier)
             linear.state = LinearState.LEARNED
             linear.rounding.harden_()
-            linear.requires_grad_(False)
             self.prepared.add(linear)
+
+    def _reset(self, linears: Sequence[QuantLinear]) -> None:
+        """Give linears what they start with: round-to-nearest, and everything to learn."""
+        for linear in linears:
+            if linear.weight_quantizer is not None:
+                linear.rounding = self.rounding(linear.out_features, linear.in_features).to(linear.weight.device)
+                linear.rounding.harden_()
+                torch.nn.init.ones_(linear.weight_quantizer.scale_multiplier)
+            if linear.act_quantizer is not None:
+                torch.nn.init.ones_(linear.act_quantizer.range_multiplier)
+            linear.requires_grad_(False)
 
     def _fit(self, module: WindowModule, targets: torch.Tensor, callbacks: list[L.Callback]) -> None:
         """Fit one window with a Trainer of its own."""
@@ -206,7 +239,7 @@ class Reconstruction:
             devices=1 if device.type != "cuda" else [device.index or 0],
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             max_steps=self.steps(len(cache)),
-            callbacks=[self.annealing, self.hardening, *callbacks],
+            callbacks=[self.annealing, self.hardening, self.finite_steps, *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -114,6 +114,8 @@ class WindowProgress(L.Callback):
             f"{result.wall_time_seconds:.1f} s",
             f"left {self._time_left()}",
         )
+        if result.guard:
+            self._print(f"guard: {result.guard}")
 
     def _update_bar(self, module: L.LightningModule) -> None:
         task = self._bar.task_ids[0]

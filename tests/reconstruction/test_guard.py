@@ -1,0 +1,114 @@
+"""The guard, made necessary."""
+
+import lightning as L
+import pytest
+import torch
+
+from cbq.quant.linear import LinearState, linear_state, quant_linears
+from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding
+from cbq.quant.scheme import QuantScheme
+from cbq.reconstruction.losses import ReconstructionLoss
+from cbq.reconstruction.solver import measure
+from cbq.reconstruction.windows import SlidingWindows
+
+W4A4 = QuantScheme(4, 4)
+WINDOWS = SlidingWindows(2).plan(4)
+
+
+class Spoil(L.Callback):
+    """Makes the gradients, or the loss, of some steps useless."""
+
+    def __init__(self, steps: set[int], value: float = float("nan"), loss: bool = False) -> None:
+        self.steps, self.value, self.loss = steps, value, loss
+        self.seen: list[list[torch.Tensor]] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
+        self.seen.append([parameter.detach().clone() for parameter in module.learned])
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        if self.loss and trainer.global_step in self.steps:
+            batch[1].fill_(self.value)
+
+    def on_after_backward(self, trainer, module) -> None:
+        if not self.loss and trainer.global_step in self.steps:
+            module.learned[3].grad.flatten()[0] = self.value
+
+
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_healthy_run_needs_no_guard(run) -> None:
+    setup = run(W4A4, learning_rate=5e-3, epochs=3, batch_size=1)
+    assert [result.guard for result in setup.results] == [None] * 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("loss", [False, True], ids=["gradient", "loss"])
+def test_a_step_that_is_not_finite_is_not_taken(make_setup, make_solver, loss: bool, value: float) -> None:
+    setup, spoil = make_setup(W4A4), Spoil({2, 3, 6}, value, loss)
+    result = make_solver().solve(WINDOWS[0], setup.cache, [spoil])
+    moved = [not same(before, after) for before, after in zip(spoil.seen, spoil.seen[1:], strict=False)]
+    assert moved == [True, True, False, False, True, True, False]
+    assert result.guard.startswith("3 steps skipped: not finite")
+    assert all(torch.isfinite(p).all() for linear in quant_linears(setup.blocks[0]) for p in linear.parameters())
+    if not loss:  # the targets of the other test are spoiled for good
+        assert result.rec_loss_last < result.rec_loss_rtn
+
+
+def test_some_in_a_row_begin_again_at_a_lower_rate(make_setup, make_solver) -> None:
+    setup, spoil = make_setup(W4A4), Spoil(set(range(4, 9)))
+    result = make_solver(epochs=4).solve(WINDOWS[0], setup.cache, [spoil])
+    assert not same(spoil.seen[4], spoil.seen[0])
+    assert same(spoil.seen[4], spoil.seen[8])
+    assert same(spoil.seen[9], spoil.seen[0]), "back to the start"
+    assert spoil.rates[9] < 0.11 * spoil.rates[8]
+    assert not same(spoil.seen[10], spoil.seen[9])
+    assert result.guard.startswith("5 steps skipped: not finite, 1 restarts at a lower rate")
+
+
+def test_nothing_but_bad_steps_leaves_round_to_nearest(make_setup, make_solver) -> None:
+    setup, spoil = make_setup(W4A4), Spoil(set(range(8)))
+    result = make_solver().solve(WINDOWS[0], setup.cache, [spoil])
+    assert result.rec_loss_last == pytest.approx(result.rec_loss_rtn, rel=1e-6)
+    assert result.changed_integers == 0
+    assert result.guard == "8 steps skipped: not finite, 1 restarts at a lower rate"
+
+
+@pytest.mark.parametrize("kind", [DenseSTE, AdaRound, LoRARounding])
+@pytest.mark.parametrize("rates", [{"weight_scale": 5.0}, {"act_scale": 5.0}, {"learning_rate": 1e6}], ids=str)
+def test_absurd_rates_end_no_worse_than_round_to_nearest(make_setup, make_solver, kind, rates) -> None:
+    setup = make_setup(W4A4)
+    solver = make_solver(kind=kind, **rates)
+    setup.solve(solver, SlidingWindows(2), [], num_windows=1)
+    result = solver.solve(WINDOWS[1], setup.cache, [])
+    for window_result in (*setup.results, result):
+        assert window_result.rec_loss_last <= window_result.rec_loss_rtn
+    assert any(r.guard for r in (*setup.results, result))
+    # What is reported is what the blocks compute.
+    loss = measure(WINDOWS[1], setup.cache, setup.cache.full_precision, ReconstructionLoss())
+    assert loss == pytest.approx(result.rec_loss_last, rel=1e-5)
+
+
+def test_a_block_learned_before_is_kept_where_that_is_better(make_setup, make_solver) -> None:
+    """The second window diverges: its first block stays as the first window left it."""
+    setup = make_setup(W4A4)
+    solver = make_solver()
+    setup.solve(solver, SlidingWindows(2), [], num_windows=1)
+    learned = {name: p.clone() for name, p in setup.blocks[1].named_parameters()}
+    solver.learning_rates = type(solver.learning_rates)(weight_scale=5.0, act_scale=5.0)
+    result = solver.solve(WINDOWS[1], setup.cache, [])
+    assert result.rec_loss_first < result.rec_loss_rtn
+    assert "fell back to the window's start" in result.guard
+    assert all(torch.equal(p, learned[name]) for name, p in setup.blocks[1].named_parameters())
+    assert result.rec_loss_last == result.rec_loss_first
+
+
+def test_a_window_that_fell_back_is_learned_by_the_next(make_setup, make_solver) -> None:
+    setup, spoil = make_setup(W4A4), Spoil(set(range(8)))
+    setup.solve(make_solver(), SlidingWindows(2), [spoil], num_windows=1)
+    result = make_solver().solve(WINDOWS[1], setup.cache, [])
+    assert result.guard is None
+    assert result.rec_loss_last < result.rec_loss_rtn
+    with linear_state(list(setup.blocks[1:3]), LinearState.LEARNED):
+        assert all(linear.changed_integers()[0] > 0 for linear in quant_linears(list(setup.blocks[1:3])))
