@@ -54,7 +54,7 @@ def saved(request, tiny_llama_folder, tmp_path_factory) -> tuple[LoadedModel, Qu
     """A finished model, its scheme, and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp("checkpoint")
     loaded = finish(tiny_llama_folder, request.param)
-    save_checkpoint(loaded, request.param, folder)
+    save_checkpoint(loaded, folder)
     return loaded, request.param, folder
 
 
@@ -74,7 +74,7 @@ def test_load_is_bit_equal_in_half_precision(tiny_llama_folder, tmp_path, dtype)
     """A model that ran in a half precision comes back in it, without a GPU too."""
     scheme = QuantScheme(4, 8)
     loaded = finish(tiny_llama_folder, scheme, dtype)
-    save_checkpoint(loaded, scheme, tmp_path)
+    save_checkpoint(loaded, tmp_path)
     again = load_checkpoint(tmp_path)
     assert again.model.dtype == loaded.model.dtype == getattr(torch, dtype)
     assert torch.equal(logits(again.model), logits(loaded.model))
@@ -111,7 +111,7 @@ def test_quantized_file_is_as_documented(saved):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     linears = json.loads(metadata["linears"])
     assert len(linears) == 4 * 7
-    assert QuantScheme(**json.loads(metadata["scheme"])) == scheme
+    assert all(QuantScheme(**options) == scheme for options in linears.values())
     assert metadata["format_version"] == "1"
     parts = ["integers", "weight_scale", "zero_point"] * scheme.quantizes_weights
     parts += ["act_multiplier"] * scheme.quantizes_activations
@@ -136,10 +136,24 @@ def test_quantized_file_is_as_documented(saved):
             assert weight[row, column].item() == pytest.approx(steps * scale[row, group].item(), rel=1e-6)
 
 
+def test_linears_of_different_schemes(tiny_llama_folder, tmp_path):
+    overrides = [
+        {"linears": r"blocks\.(0|-1)\..*down_proj", "weight_bits": 4, "group_size": 32},
+        {"linears": r"blocks\.1\.self_attn\..*", "weight_bits": 16, "act_bits": 16},
+    ]
+    loaded = finish(tiny_llama_folder, QuantScheme(2, 8, overrides=overrides))
+    save_checkpoint(loaded, tmp_path)
+    again = load_checkpoint(tmp_path)
+    assert torch.equal(logits(again.model), logits(loaded.model))
+    schemes = {name: linear.scheme for name, linear in fused_linears(again.model)}
+    assert schemes == {name: linear.scheme for name, linear in fused_linears(loaded.model)}
+    assert {scheme.label for scheme in schemes.values()} == {"W2A8", "W4A8g32", "W16A16"}
+
+
 @pytest.fixture(scope="module")
 def whole_folder(tiny_llama_folder, tmp_path_factory) -> Path:
     folder, scheme = tmp_path_factory.mktemp("whole"), QuantScheme(4, 8)
-    save_checkpoint(finish(tiny_llama_folder, scheme), scheme, folder)
+    save_checkpoint(finish(tiny_llama_folder, scheme), folder)
     return folder
 
 
@@ -152,7 +166,7 @@ def folder(whole_folder, tmp_path) -> Path:
 def test_saving_again_replaces(folder, tiny_llama_folder):
     scheme = QuantScheme(3, 16)
     loaded = finish(tiny_llama_folder, scheme)
-    save_checkpoint(loaded, scheme, folder)
+    save_checkpoint(loaded, folder)
     assert torch.equal(logits(load_checkpoint(str(folder)).model), logits(loaded.model))
 
 
@@ -166,22 +180,31 @@ def rewrite(folder: Path, change) -> None:
 
 
 LINEAR = "model.layers.0.mlp.down_proj"
+W4A8 = {"weight_bits": 4, "act_bits": 8}
 
 
 def without_metadata(tensors, metadata):
     return None
 
 
-def without_scheme(tensors, metadata):
-    return {key: value for key, value in metadata.items() if key != "scheme"}
+def without_linears(tensors, metadata):
+    return {key: value for key, value in metadata.items() if key != "linears"}
 
 
-def scheme_is_no_json(tensors, metadata):
-    return metadata | {"scheme": "{"}
+def linears_are_no_json(tensors, metadata):
+    return metadata | {"linears": "{"}
+
+
+def linears_are_a_list(tensors, metadata):
+    return metadata | {"linears": f'["{LINEAR}"]'}
 
 
 def scheme_is_out_of_range(tensors, metadata):
-    return metadata | {"scheme": '{"weight_bits": 1, "act_bits": 4}'}
+    return metadata | {"linears": json.dumps({LINEAR: {"weight_bits": 1, "act_bits": 4}})}
+
+
+def scheme_has_an_unknown_field(tensors, metadata):
+    return metadata | {"linears": json.dumps({LINEAR: {"weight_bits": 2, "act_bits": 4, "colour": 1}})}
 
 
 def unknown_format(tensors, metadata):
@@ -189,11 +212,11 @@ def unknown_format(tensors, metadata):
 
 
 def unknown_linear(tensors, metadata):
-    return metadata | {"linears": '["model.layers.99.mlp.down_proj"]'}
+    return metadata | {"linears": json.dumps({"model.layers.99.mlp.down_proj": W4A8})}
 
 
 def linear_is_a_norm(tensors, metadata):
-    return metadata | {"linears": '["model.norm"]'}
+    return metadata | {"linears": json.dumps({"model.norm": W4A8})}
 
 
 def without_integers(tensors, metadata):
@@ -220,9 +243,11 @@ def wrong_shape(tensors, metadata):
     "change",
     [
         without_metadata,
-        without_scheme,
-        scheme_is_no_json,
+        without_linears,
+        linears_are_no_json,
+        linears_are_a_list,
         scheme_is_out_of_range,
+        scheme_has_an_unknown_field,
         unknown_format,
         unknown_linear,
         linear_is_a_norm,

@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cbq
 from cbq.cli import conf_dir, flatten
 from cbq.models.loading import embedded_folder
+from cbq.quant.linear import QuantLinear, fuse
+from cbq.quant.scheme import QuantScheme
 from cbq.results import SCHEMA_PATH
 from cbq.run_folder import RunFolder
+from cbq.runner import effective_bits
 
 SMALL = ["tracking.mode=disabled", "calibration.num_segments=4", "calibration.segment_tokens=64"]
 
@@ -157,3 +160,11 @@ def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
     loaded = cbq.load(tmp_path / "run" / "checkpoint").model
     ids = torch.arange(64)[None]
     assert torch.equal(plain(ids).logits, loaded(ids).logits)
+
+
+def test_effective_bits_by_hand():
+    """Integers of 2 and 4 bits and none, scales of 16, zero points where the scheme has them."""
+    schemes = [QuantScheme(2, 16), QuantScheme(4, 16, group_size=4, symmetric=True), QuantScheme(16, 8)]
+    model = torch.nn.Sequential(*(fuse(QuantLinear(torch.nn.Linear(8, 10), scheme)) for scheme in schemes))
+    by_hand = (80 * 2 + 10 * (16 + 2)) + (80 * 4 + 20 * 16) + 80 * 16
+    assert effective_bits(model) == by_hand / 240

@@ -2,8 +2,8 @@
 
 `<folder>/` loads in plain transformers, weights only. `<folder>/cbq/quantized.safetensors` holds, for each quantized
 linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32, `X.zero_point` (O, G) uint8 and
-`X.act_multiplier` () float32; its metadata hold the scheme. The sub-folder keeps it out of sight of engines that read
-every safetensors file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
+`X.act_multiplier` () float32; its metadata hold the scheme of each linear. The sub-folder keeps it out of sight of
+engines that read every safetensors file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -27,18 +27,18 @@ QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
 
 
-def save_checkpoint(loaded: LoadedModel, scheme: QuantScheme, folder: Path) -> None:
+def save_checkpoint(loaded: LoadedModel, folder: Path) -> None:
     """Write a finished model, all of whose block linears are fused, into `folder`."""
-    tensors, metadata_names = {}, []
+    tensors, schemes = {}, {}
     for name, linear in fused_linears(loaded.model):
-        metadata_names.append(name)
+        schemes[name] = {key: value for key, value in asdict(linear.scheme).items() if key != "overrides"}
         if linear.integers is not None:
             tensors[f"{name}.integers"] = linear.integers
             tensors[f"{name}.weight_scale"] = linear.weight_scale
             tensors[f"{name}.zero_point"] = linear.zero_point
         if linear.act_quantizer is not None:
             tensors[f"{name}.act_multiplier"] = linear.act_quantizer.range_multiplier.detach()
-    inside = tuple(f"{name}.{part}" for name in metadata_names for part in ("integers", "weight_scale", "zero_point"))
+    inside = tuple(f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point"))
     state = {
         name: tensor
         for name, tensor in loaded.model.state_dict().items()
@@ -51,8 +51,7 @@ def save_checkpoint(loaded: LoadedModel, scheme: QuantScheme, folder: Path) -> N
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format_version": FORMAT_VERSION,
-        "scheme": json.dumps(asdict(scheme)),
-        "linears": json.dumps(metadata_names),
+        "linears": json.dumps(schemes),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file, metadata)
@@ -82,12 +81,12 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         if metadata["format_version"] != FORMAT_VERSION:
             raise InputError(f"{file} has format {metadata['format_version']}; this cbq reads {FORMAT_VERSION}")
-        scheme = QuantScheme(**json.loads(metadata["scheme"]))
-        names, dtype = json.loads(metadata["linears"]), metadata["dtype"]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        schemes = {name: QuantScheme(**options) for name, options in json.loads(metadata["linears"]).items()}
+        dtype = metadata["dtype"]
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"damaged checkpoint, {file} cannot be read: {error}") from None
     loaded = load_pretrained(str(folder), dtype=dtype)
-    for name in names:
+    for name, scheme in schemes.items():
         try:
             loaded.model.set_submodule(name, load_linear(loaded.model.get_submodule(name), scheme, name, tensors))
         except (KeyError, AttributeError, RuntimeError) as error:
@@ -99,6 +98,7 @@ def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict
     """Return the fused form of a linear from its stored tensors; a KeyError if one is missing."""
     weights, activations = scheme.quantizes_weights, scheme.quantizes_activations
     return FusedLinear(
+        scheme=scheme,
         integers=tensors[f"{name}.integers"] if weights else None,
         weight_scale=tensors[f"{name}.weight_scale"] if weights else None,
         zero_point=tensors[f"{name}.zero_point"] if weights else None,

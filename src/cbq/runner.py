@@ -99,7 +99,7 @@ class Runner:
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan)
         perplexity["quantized"] = self.evaluate(loaded, self.scheme.label)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
-        save_checkpoint(loaded, self.scheme, self.folder.path / "checkpoint")
+        save_checkpoint(loaded, self.folder.path / "checkpoint")
         self.finish(loaded.model, perplexity, windows, segments)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
@@ -177,7 +177,7 @@ class Runner:
             "zero_shot": {},
             "agreement": {},
             "windows": [asdict(window) for window in windows],
-            "effective_bits": effective_bits(model, self.scheme),
+            "effective_bits": effective_bits(model),
             "cost": {
                 "wall_time_seconds": self.stopwatch.total_seconds(),
                 "reconstruction_seconds": self.stopwatch.seconds["reconstruction"],
@@ -199,15 +199,13 @@ class Runner:
             write_results(self.folder.path, self.results | {"status": "failed", "error": line})
 
 
-def effective_bits(model: nn.Module, scheme: QuantScheme) -> float:
-    """Return the bits stored a quantized weight: integers, 16-bit scales, and zero points where they vary."""
+def effective_bits(model: nn.Module) -> float:
+    """Return the bits stored a weight of the blocks' linears: integers, 16-bit scales, zero points where they vary."""
     bits, weights = 0, 0
     for _, linear in fused_linears(model):
         weights += linear.weight.numel()
-        if linear.integers is None:
-            bits += linear.weight.numel() * scheme.weight_bits
-            continue
-        zero_point_bits = 0 if scheme.symmetric else scheme.weight_bits
-        bits += linear.weight.numel() * scheme.weight_bits
-        bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
+        bits += linear.weight.numel() * linear.scheme.weight_bits
+        if linear.integers is not None:
+            zero_point_bits = 0 if linear.scheme.symmetric else linear.scheme.weight_bits
+            bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
     return bits / weights

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cbq.errors import InputError
 from cbq.quant.linear import (
     FusedLinear,
     LinearState,
@@ -154,7 +155,7 @@ def test_changed_integers_counts_known_flips():
 def test_linear_state_comes_back():
     """After an exception too, and to each linear's own state."""
     module = nn.Sequential(make_linear(), nn.Sequential(make_linear()))
-    quantize_linears_(module, QuantScheme(4, 16))
+    quantize_linears_(nn.ModuleList([module]), QuantScheme(4, 16))
     assert quant_linears(module) == [module[0], module[1][0]]
     first, second = quant_linears([module[0], module[1]])
     first.state, second.state = LinearState.LEARNED, LinearState.FULL_PRECISION
@@ -191,7 +192,7 @@ def test_only_linears_are_replaced():
     module, tokens = Mixed(), torch.tensor([[1, 3]])
     types = {name: type(child) for name, child in module.named_modules() if name}
     expected = module(tokens)
-    quantize_linears_(module, QuantScheme(8, 8))
+    quantize_linears_(nn.ModuleList([module]), QuantScheme(8, 8))
     places = ["blocks.0.0", "table.out"]
     assert [name for name, child in module.named_modules() if isinstance(child, QuantLinear)] == places
     others = {name: type(module.get_submodule(name)) for name in types if name not in places}
@@ -207,6 +208,31 @@ def test_only_linears_are_replaced():
     assert [name for name, child in module.named_modules() if isinstance(child, FusedLinear)] == places
     assert not quant_linears(module)
     assert torch.equal(module(tokens), quantized)
+
+
+def test_overrides_by_the_name_of_a_linear():
+    """Blocks count from the first and from the last; the last override that matches wins."""
+    blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(16, 8), "down": nn.Linear(8, 16)}) for _ in range(4))
+    overrides = [
+        {"linears": r".*\.down", "act_bits": 8, "group_size": 4},
+        {"linears": r"blocks\.(0|-1)\.down", "weight_bits": 4},
+        {"linears": r"blocks\.2\.up", "weight_bits": 16, "act_bits": 16},
+        {"linears": r"blocks\.-1\.down", "weight_bits": 3},
+    ]
+    quantize_linears_(blocks, QuantScheme(2, 4, overrides=overrides))
+    assert [block["up"].scheme.label for block in blocks] == ["W2A4", "W2A4", "W16A16", "W2A4"]
+    assert [block["down"].scheme.label for block in blocks] == ["W4A8g4", "W2A8g4", "W2A8g4", "W3A8g4"]
+    assert blocks[2]["up"].weight_quantizer is blocks[2]["up"].act_quantizer is None
+    assert blocks[0]["down"].weight_quantizer.bits == 4
+    assert blocks[0]["down"].weight_quantizer.scale.shape == (16, 2, 1)
+    assert blocks[1]["down"].act_quantizer.bits == 8
+
+
+@pytest.mark.parametrize("pattern", ["down", r"blocks\.4\.down", r"blocks\.-5\..*", r"blocks.0.down_"])
+def test_an_override_that_matches_nothing_is_a_mistake(pattern):
+    blocks = nn.ModuleList(nn.ModuleDict({"down": nn.Linear(8, 16)}) for _ in range(4))
+    with pytest.raises(InputError, match=r"is the name of no linear; names are like blocks\.0\.down"):
+        quantize_linears_(blocks, QuantScheme(2, 4, overrides=[{"linears": pattern, "weight_bits": 4}]))
 
 
 def test_learned_state_passes_gradients_to_the_input():

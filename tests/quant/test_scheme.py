@@ -66,3 +66,25 @@ def test_denominators_in_use(denominator):
 def test_scheme_cannot_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuantScheme(4, 4).weight_bits = 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"weight_bits": 4}, "must each be"),
+        ("blocks.0", "must each be"),
+        ({"linears": 3, "weight_bits": 4}, "must each be"),
+        ({"linears": "(", "weight_bits": 4}, "is no regular expression"),
+        ({"linears": ".*", "weigth_bits": 4}, "may set weight_bits, act_bits, .*, got weigth_bits"),
+        ({"linears": ".*", "overrides": []}, "may set"),
+        ({"linears": ".*", "weight_bits": 12}, "quant.weight_bits must be 2 to 8, or 16"),
+    ],
+    ids=repr,
+)
+def test_overrides_out_of_range(override, message):
+    with pytest.raises(InputError, match=message):
+        QuantScheme(2, 16, overrides=[override])
+
+
+def test_overrides_show_in_the_label():
+    assert QuantScheme(2, 16, overrides=[{"linears": ".*", "weight_bits": 4}]).label == "W2A16*"

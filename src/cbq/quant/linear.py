@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cbq.errors import InputError
 from cbq.quant.affine import dequantize_affine, to_groups
 from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
 from cbq.quant.rounding import Nearest, Rounding
@@ -32,7 +33,7 @@ class QuantLinear(nn.Module):
 
     Args:
         linear: its weight and bias are shared, not copied.
-        scheme: bits and granularity.
+        scheme: bits and granularity; its overrides are not looked at.
 
     Attributes:
         rounding: how the weight is rounded in the learned state. `Nearest` until a solver puts its own there.
@@ -40,6 +41,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, scheme: QuantScheme) -> None:
         super().__init__()
+        self.scheme = scheme
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.weight_quantizer: WeightQuantizer | None = None
@@ -86,6 +88,7 @@ class FusedLinear(nn.Module):
     """A finished quantized linear: the integers, and the weight that they stand for.
 
     Args:
+        scheme: bits and granularity.
         integers: (O, I), uint8, or None where the weight is not quantized.
         weight_scale: (O, G), float32, or None likewise.
         zero_point: (O, G), uint8, or None likewise.
@@ -96,6 +99,7 @@ class FusedLinear(nn.Module):
 
     def __init__(
         self,
+        scheme: QuantScheme,
         integers: torch.Tensor | None,
         weight_scale: torch.Tensor | None,
         zero_point: torch.Tensor | None,
@@ -104,6 +108,7 @@ class FusedLinear(nn.Module):
         act_quantizer: ActQuantizer | None,
     ) -> None:
         super().__init__()
+        self.scheme = scheme
         self.out_features, self.in_features = weight.shape
         self.register_buffer("integers", integers)
         self.register_buffer("weight_scale", weight_scale)
@@ -121,12 +126,26 @@ class FusedLinear(nn.Module):
         return F.linear(self.act_quantizer(x) if self.act_quantizer else x, self.weight, self.bias)
 
 
-def quantize_linears_(module: nn.Module, scheme: QuantScheme) -> None:
-    """Replace every `nn.Linear` below `module` by a `QuantLinear` in the full-precision state."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, QuantLinear(child, scheme))
+def quantize_linears_(blocks: nn.ModuleList, scheme: QuantScheme) -> None:
+    """Replace every `nn.Linear` of `blocks` by a `QuantLinear` in the full-precision state.
+
+    Raises:
+        InputError: a group size does not divide a linear's input features, or an override matches no linear.
+    """
+    used: set[int] = set()
+    example = ""
+    for index, block in enumerate(blocks):
+        linears = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+        for name, linear in linears:
+            names = [f"blocks.{number}.{name}" for number in (index, index - len(blocks))]
+            used |= set(scheme.matching(names))
+            example = example or names[0]
+            block.set_submodule(name, QuantLinear(linear, scheme.of_linear(names)))
+    for number, override in enumerate(scheme.overrides):
+        if number not in used:
+            raise InputError(
+                f"quant.overrides: {override['linears']!r} is the name of no linear; names are like {example}"
+            )
 
 
 @torch.no_grad()
@@ -134,6 +153,7 @@ def fuse(linear: QuantLinear) -> FusedLinear:
     """Return the finished form of `linear`; its rounding must be hard."""
     quantizer = linear.weight_quantizer
     return FusedLinear(
+        scheme=linear.scheme,
         integers=linear.integers(),
         weight_scale=quantizer.scale.squeeze(-1).clone() if quantizer else None,
         zero_point=quantizer.zero_point.squeeze(-1).to(torch.uint8) if quantizer else None,

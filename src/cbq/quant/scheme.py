@@ -1,6 +1,8 @@
 """What is quantized to how many bits: the axis of the paper's tables 1, 2, 6, 13 and 14."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from cbq.errors import InputError
 
@@ -20,15 +22,21 @@ class QuantScheme:
         act_symmetric: activations without a zero point.
         act_denominator: symmetric activations: absmax / act_denominator is the scale; 2^(act_bits - 1) - 0.5 when
             None, or 2^(act_bits - 1) - 1.
+        overrides: exceptions, each a dict of `linears`, a regular expression for the whole name of a linear, and the
+            fields above that are different there; a later one wins. A linear is called by its block and by its name
+            in it, `blocks.0.mlp.down_proj`; blocks also count from the last one, `blocks.-1.mlp.down_proj`.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: a value is out of range, or an override has an unknown key or is no regular expression.
 
     Example:
         >>> QuantScheme(weight_bits=4, act_bits=8).label
         'W4A8'
         >>> QuantScheme(weight_bits=2, act_bits=16, group_size=64).label
         'W2A16g64'
+        >>> star = QuantScheme(2, 16, overrides=[{"linears": r"blocks\.-1\..*", "weight_bits": 4}])
+        >>> star.of_linear(["blocks.7.mlp.up_proj", "blocks.-1.mlp.up_proj"]).weight_bits
+        4
 
     Source: section 5.1.
     """
@@ -39,6 +47,7 @@ class QuantScheme:
     symmetric: bool = False
     act_symmetric: bool = False
     act_denominator: float | None = None
+    overrides: Sequence[Mapping] = ()
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):
@@ -60,12 +69,46 @@ class QuantScheme:
                 raise InputError(
                     f"quant.act_denominator must be {half - 1} or {half - 0.5}, got {self.act_denominator}"
                 )
+        for override in self.overrides:
+            self._with(override)
+
+    def _with(self, override: Mapping) -> "QuantScheme":
+        """Return the scheme that one override makes of this one."""
+        allowed = [field.name for field in fields(self) if field.name != "overrides"]
+        if not isinstance(override, Mapping) or not isinstance(override.get("linears"), str):
+            raise InputError(
+                f"quant.overrides must each be {{linears: <pattern>, <option>: <value>}}, got {override!r}"
+            )
+        unknown = sorted(set(override) - {"linears", *allowed})
+        if unknown:
+            raise InputError(f"quant.overrides may set {', '.join(allowed)}, got {', '.join(unknown)}")
+        try:
+            re.compile(override["linears"])
+        except re.error as error:
+            raise InputError(f"quant.overrides: {override['linears']!r} is no regular expression: {error}") from None
+        return replace(self, overrides=(), **{key: value for key, value in override.items() if key != "linears"})
+
+    def matching(self, names: Iterable[str]) -> list[int]:
+        """Return which overrides apply to a linear that is called by any of `names`."""
+        names = list(names)
+        return [
+            number
+            for number, override in enumerate(self.overrides)
+            if any(re.fullmatch(override["linears"], name) for name in names)
+        ]
+
+    def of_linear(self, names: Iterable[str]) -> "QuantScheme":
+        """Return the scheme of the linear that is called by any of `names`: without overrides, those applied."""
+        scheme = replace(self, overrides=())
+        for number in self.matching(names):
+            scheme = scheme._with(self.overrides[number])
+        return scheme
 
     @property
     def label(self) -> str:
-        """The field's short name, with the group size where there are groups."""
+        """The field's short name, with the group size where there are groups, and a star for overrides (CBQ*)."""
         group = "" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.weight_bits}A{self.act_bits}{group}"
+        return f"W{self.weight_bits}A{self.act_bits}{group}{'*' if self.overrides else ''}"
 
     @property
     def quantizes_weights(self) -> bool:
