@@ -16,7 +16,7 @@ ROWS = (
     {"activations"},
     {"preprocess", "reconstruction", "evaluation"},
     {"checkpoint", "tracking", "cost", "results", "run_folder", "report"},
-    {"runner"},
+    {"runner", "api"},
     {"cli"},
     {"__main__"},
 )

@@ -54,7 +54,7 @@ def saved(request, tiny_llama_folder, tmp_path_factory) -> tuple[LoadedModel, Qu
     """A finished model, its scheme, and the folder that it was saved in."""
     folder = tmp_path_factory.mktemp("checkpoint")
     loaded = finish(tiny_llama_folder, request.param)
-    save_checkpoint(loaded, folder)
+    save_checkpoint(loaded.model, loaded.tokenizer, folder)
     return loaded, request.param, folder
 
 
@@ -74,7 +74,7 @@ def test_load_is_bit_equal_in_half_precision(tiny_llama_folder, tmp_path, dtype)
     """A model that ran in a half precision comes back in it, without a GPU too."""
     scheme = QuantScheme(4, 8)
     loaded = finish(tiny_llama_folder, scheme, dtype)
-    save_checkpoint(loaded, tmp_path)
+    save_checkpoint(loaded.model, loaded.tokenizer, tmp_path)
     again = load_checkpoint(tmp_path)
     assert again.model.dtype == loaded.model.dtype == getattr(torch, dtype)
     assert torch.equal(logits(again.model), logits(loaded.model))
@@ -142,7 +142,7 @@ def test_linears_of_different_schemes(tiny_llama_folder, tmp_path):
         {"linears": r"blocks\.1\.self_attn\..*", "weight_bits": 16, "act_bits": 16},
     ]
     loaded = finish(tiny_llama_folder, QuantScheme(2, 8, overrides=overrides))
-    save_checkpoint(loaded, tmp_path)
+    save_checkpoint(loaded.model, loaded.tokenizer, tmp_path)
     again = load_checkpoint(tmp_path)
     assert torch.equal(logits(again.model), logits(loaded.model))
     schemes = {name: linear.scheme for name, linear in fused_linears(again.model)}
@@ -153,7 +153,8 @@ def test_linears_of_different_schemes(tiny_llama_folder, tmp_path):
 @pytest.fixture(scope="module")
 def whole_folder(tiny_llama_folder, tmp_path_factory) -> Path:
     folder, scheme = tmp_path_factory.mktemp("whole"), QuantScheme(4, 8)
-    save_checkpoint(finish(tiny_llama_folder, scheme), folder)
+    loaded = finish(tiny_llama_folder, scheme)
+    save_checkpoint(loaded.model, loaded.tokenizer, folder)
     return folder
 
 
@@ -166,7 +167,7 @@ def folder(whole_folder, tmp_path) -> Path:
 def test_saving_again_replaces(folder, tiny_llama_folder):
     scheme = QuantScheme(3, 16)
     loaded = finish(tiny_llama_folder, scheme)
-    save_checkpoint(loaded, folder)
+    save_checkpoint(loaded.model, loaded.tokenizer, folder)
     assert torch.equal(logits(load_checkpoint(str(folder)).model), logits(loaded.model))
 
 

@@ -80,3 +80,11 @@ def test_settings_are_flat_and_without_duplicates():
     hidden = ("runner", "hydra", "reconstruction.loss", "reconstruction.rounding")
     assert not any(key.startswith(hidden) for key in settings)
     assert not any("_target_" in key or "_partial_" in key for key in settings)
+
+
+@pytest.mark.parametrize("name", [option.stem for option in OPTIONS if option.parent.name == "rounding"])
+def test_rounding_defaults_are_those_of_the_python_api(name):
+    """`rounding=lora` and `cbq.quantize(rounding=LoRARounding)` are one thing."""
+    options = {key: value for key, value in compose(f"rounding={name}").rounding.items() if not key.startswith("_")}
+    parameters = inspect.signature(hydra.utils.get_class(compose(f"rounding={name}").rounding._target_)).parameters
+    assert options == {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}

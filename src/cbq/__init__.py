@@ -1,17 +1,26 @@
 """cbq: cross-block quantization of large language models."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from cbq.models.loading import LoadedModel
+    from cbq.api import quantize
+    from cbq.checkpoint import load_checkpoint as load
+    from cbq.checkpoint import save_checkpoint as save
 
 __version__ = "0.1.0"
+__all__ = ["load", "quantize", "save"]
+
+FUNCTIONS = {
+    "load": "cbq.checkpoint:load_checkpoint",
+    "quantize": "cbq.api:quantize",
+    "save": "cbq.checkpoint:save_checkpoint",
+}
 
 
-def load(folder: "str | Path") -> "LoadedModel":
-    """Return the quantized model of a run's `checkpoint/` folder: see `cbq.checkpoint.load_checkpoint`."""
-    from cbq.checkpoint import load_checkpoint  # torch and transformers load only when they are needed
-
-    return load_checkpoint(folder)
+def __getattr__(name: str) -> object:
+    """Return a function of the Python API; torch and transformers load only when one is used."""
+    if name not in FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, function = FUNCTIONS[name].split(":")
+    return getattr(import_module(module), function)

@@ -18,7 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cbq.errors import InputError
-from cbq.models.loading import LoadedModel, load_pretrained, quiet_transformers
+from cbq.models.loading import (
+    LoadedModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    load_pretrained,
+    quiet_transformers,
+)
 from cbq.quant.linear import FusedLinear
 from cbq.quant.quantizer import ActQuantizer
 from cbq.quant.scheme import QuantScheme
@@ -27,10 +33,17 @@ QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
 
 
-def save_checkpoint(loaded: LoadedModel, folder: Path) -> None:
-    """Write a finished model, all of whose block linears are fused, into `folder`."""
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a quantized model, all of whose block linears are fused, into `folder`.
+
+    Args:
+        model: what a run or `cbq.quantize` made.
+        tokenizer: the model's own.
+        folder: made if it is missing.
+    """
+    folder = Path(folder)
     tensors, schemes = {}, {}
-    for name, linear in fused_linears(loaded.model):
+    for name, linear in fused_linears(model):
         schemes[name] = {key: value for key, value in asdict(linear.scheme).items() if key != "overrides"}
         if linear.integers is not None:
             tensors[f"{name}.integers"] = linear.integers
@@ -41,18 +54,18 @@ def save_checkpoint(loaded: LoadedModel, folder: Path) -> None:
     inside = tuple(f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point"))
     state = {
         name: tensor
-        for name, tensor in loaded.model.state_dict().items()
+        for name, tensor in model.state_dict().items()
         if not name.startswith(inside) and ".act_quantizer." not in name
     }
     with quiet_transformers():
-        loaded.model.save_pretrained(folder, state_dict=state)
-        loaded.tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
     file = folder / QUANTIZED_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format_version": FORMAT_VERSION,
         "linears": json.dumps(schemes),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file, metadata)
 

@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cbq.activations import ActivationCache
 from cbq.checkpoint import fused_linears, save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
@@ -17,9 +16,10 @@ from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
-from cbq.quant.linear import LinearState, fuse_linears_, linear_state, quantize_linears_
+from cbq.quant.linear import LinearState, linear_state, quantize_linears_
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.callbacks import WindowCurves
+from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
 from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.progress import WindowProgress
@@ -99,7 +99,7 @@ class Runner:
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan)
         perplexity["quantized"] = self.evaluate(loaded, self.scheme.label)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
-        save_checkpoint(loaded, self.folder.path / "checkpoint")
+        save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
         self.finish(loaded.model, perplexity, windows, segments)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
@@ -149,19 +149,11 @@ class Runner:
     def reconstruct(
         self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window]
     ) -> list[WindowResult]:
-        """Solve every window, handing the quantized stream from one to the next; the blocks end fused."""
-        results = []
+        """Solve every window, shown and recorded; the blocks end fused."""
         with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
-            cache = ActivationCache(model, blocks, segments)
             progress.start(len(plan), [self.solver.steps(len(segments))] * len(plan))
             callbacks = [WindowCurves(self.tracker.log), progress]
-            for window in plan:
-                results.append(self.solver.solve(window, cache, callbacks))
-                progress.finish_window(results[-1])
-                for block in blocks[window.start : window.finished]:
-                    fuse_linears_(block)
-                cache.advance_quantized(window.finished)
-        return results
+            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, progress.finish_window)
 
     def finish(
         self, model: nn.Module, perplexity: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor

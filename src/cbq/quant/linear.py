@@ -130,22 +130,28 @@ def quantize_linears_(blocks: nn.ModuleList, scheme: QuantScheme) -> None:
     """Replace every `nn.Linear` of `blocks` by a `QuantLinear` in the full-precision state.
 
     Raises:
-        InputError: a group size does not divide a linear's input features, or an override matches no linear.
+        InputError: a group size does not divide a linear's input features, an override matches no linear, or there is
+            no linear. The blocks are then unchanged.
     """
+    quantized: list[tuple[nn.Module, str, QuantLinear]] = []
     used: set[int] = set()
     example = ""
     for index, block in enumerate(blocks):
-        linears = [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-        for name, linear in linears:
-            names = [f"blocks.{number}.{name}" for number in (index, index - len(blocks))]
-            used |= set(scheme.matching(names))
-            example = example or names[0]
-            block.set_submodule(name, QuantLinear(linear, scheme.of_linear(names)))
+        for name, linear in block.named_modules():
+            if isinstance(linear, nn.Linear):
+                names = [f"blocks.{number}.{name}" for number in (index, index - len(blocks))]
+                used |= set(scheme.matching(names))
+                example = example or names[0]
+                quantized.append((block, name, QuantLinear(linear, scheme.of_linear(names))))
+    if not quantized:
+        raise InputError("the model's blocks hold no linear to quantize: it is quantized already")
     for number, override in enumerate(scheme.overrides):
         if number not in used:
             raise InputError(
                 f"quant.overrides: {override['linears']!r} is the name of no linear; names are like {example}"
             )
+    for block, name, linear in quantized:
+        block.set_submodule(name, linear)
 
 
 @torch.no_grad()

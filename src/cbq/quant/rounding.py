@@ -167,7 +167,7 @@ class AdaRound(SigmoidRounding):
     Source: Eq. 8, 9 and 12 ("w/ Adarounding" and "w/ Rounding" of Table 3b).
     """
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float) -> None:
+    def __init__(self, out_features: int, in_features: int, learning_rate: float = 1e-2) -> None:
         super().__init__(learning_rate)
         self.logits = nn.Parameter(torch.zeros(out_features, in_features))
 
@@ -187,7 +187,7 @@ class LoRARounding(SigmoidRounding):
     Source: Eq. 8, 11 and 12.
     """
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float, rank: int = 5) -> None:
+    def __init__(self, out_features: int, in_features: int, learning_rate: float = 1e-4, rank: int = 5) -> None:
         super().__init__(learning_rate)
         self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
 
@@ -217,7 +217,7 @@ class DenseSTE(StraightThroughRounding):
     Note: not in the paper. The dense form of METHOD 2; in our measurements the strongest kind.
     """
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float) -> None:
+    def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3) -> None:
         super().__init__(learning_rate)
         self.offset_values = nn.Parameter(torch.zeros(out_features, in_features))
 
@@ -238,7 +238,7 @@ class LoRASTE(StraightThroughRounding):
         towards round-to-nearest; a straight-through offset has nothing to saturate (METHOD 2).
     """
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float, rank: int = 5) -> None:
+    def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3, rank: int = 5) -> None:
         super().__init__(learning_rate)
         self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
 

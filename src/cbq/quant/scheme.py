@@ -104,6 +104,23 @@ class QuantScheme:
             scheme = scheme._with(self.overrides[number])
         return scheme
 
+    @classmethod
+    def parse(cls, label: str) -> "QuantScheme":
+        """Return the scheme of a label, with the defaults for what a label does not say.
+
+        Raises:
+            InputError: the text is no label.
+
+        Example:
+            >>> QuantScheme.parse("w3a16g128") == QuantScheme(3, 16, group_size=128)
+            True
+        """
+        parts = re.fullmatch(r"w(\d+)a(\d+)(?:g(\d+))?", label.lower())
+        if parts is None:
+            raise InputError(f"a scheme's label must be like w4a4 or w2a16g128, got {label!r}")
+        weight_bits, act_bits, group_size = parts.groups(default="-1")
+        return cls(int(weight_bits), int(act_bits), int(group_size))
+
     @property
     def label(self) -> str:
         """The field's short name, with the group size where there are groups, and a star for overrides (CBQ*)."""

@@ -1,0 +1,45 @@
+"""The loop over a model's windows."""
+
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from torch import nn
+
+from cbq.activations import ActivationCache
+from cbq.quant.linear import fuse_linears_
+from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
+from cbq.reconstruction.windows import Window
+
+
+def reconstruct_(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    segments: torch.Tensor,
+    plan: list[Window],
+    solver: Reconstruction | NoReconstruction,
+    callbacks: list[L.Callback],
+    on_window: Callable[[WindowResult], None],
+) -> list[WindowResult]:
+    """Solve every window, handing the quantized stream from one to the next; the blocks end fused.
+
+    Args:
+        model: the language model, its block linears in the full-precision state.
+        blocks: its blocks.
+        segments: calibration token ids, (N, T).
+        plan: windows that cover the blocks, in order.
+        solver: how a window is solved.
+        callbacks: listeners of every fit.
+        on_window: told of each finished window.
+
+    Source: Figure 2.
+    """
+    cache = ActivationCache(model, blocks, segments)
+    results = []
+    for window in plan:
+        results.append(solver.solve(window, cache, callbacks))
+        on_window(results[-1])
+        for block in blocks[window.start : window.finished]:
+            fuse_linears_(block)
+        cache.advance_quantized(window.finished)
+    return results
