@@ -41,7 +41,7 @@ def cbq(tmp_path, monkeypatch, capsys):
         (["cbd.window=9"], "cbd.window must be at most the model's 8 blocks, got 9"),
         (["cbd.window=0"], "cbd.window must be an integer of at least 1"),
         (["cbd.rounding_blocks=all"], "must be one of window, overlap"),
-        (["quant=w5a5"], "must be one of w2a16, w3a16"),
+        (["quant=w5a5"], "must be one of w2a16, w2a16_star"),
         (["quant.weight_bit=3"], "did you mean quant.weight_bits?"),
         (["rouding=lora"], "did you mean rounding?"),
         (["+quant.extra=1"], "extra"),
