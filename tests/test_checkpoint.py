@@ -22,6 +22,7 @@ SCHEMES = [
     QuantScheme(4, 4),
     QuantScheme(8, 6, symmetric=True, act_symmetric=True, act_denominator=31),
     QuantScheme(16, 8),
+    QuantScheme(4, 5, act_granularity="tensor"),
 ]
 TOKENS = torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -39,6 +40,8 @@ def finish(folder: Path, scheme: QuantScheme, dtype: str = "float32") -> LoadedM
             torch.nn.init.uniform_(linear.weight_quantizer.scale_multiplier, 0.9, 1.1)
         if linear.act_quantizer:
             torch.nn.init.uniform_(linear.act_quantizer.range_multiplier, 0.9, 1.1)
+            for number, buffer in enumerate(linear.act_quantizer.buffers()):  # static: a scale and a zero point
+                buffer.fill_([0.1, 15.0][number])
     fuse_linears_(loaded.blocks)
     loaded.model.requires_grad_(False)
     return loaded
@@ -115,6 +118,7 @@ def test_quantized_file_is_as_documented(saved):
     assert metadata["format_version"] == "1"
     parts = ["integers", "weight_scale", "zero_point"] * scheme.quantizes_weights
     parts += ["act_multiplier"] * scheme.quantizes_activations
+    parts += ["act_initial_scale", "act_zero_point"] * (scheme.act_granularity == "tensor")
     assert set(tensors) == {f"{linear}.{part}" for linear in linears for part in parts}
     for linear in linears:
         weight = weights[f"{linear}.weight"]

@@ -10,6 +10,7 @@ from cbq.models.families import get_blocks
 from cbq.models.loading import PreTrainedModel
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.none import NoPreprocessing
+from cbq.preprocess.statistics import set_act_ranges_
 from cbq.quant.linear import quantize_linears_
 from cbq.quant.rounding import LoRARounding, Rounding
 from cbq.quant.scheme import QuantScheme
@@ -83,6 +84,7 @@ def quantize(
     quantize_linears_(blocks, scheme)
     model.eval().requires_grad_(False)
     (preprocess or NoPreprocessing()).apply_(model, blocks, tokens)
+    set_act_ranges_(model, blocks, tokens)
     with WindowProgress() as display:
         listeners = [*callbacks, display] if progress else list(callbacks)
         if progress:

@@ -2,8 +2,9 @@
 
 `<folder>/` loads in plain transformers, weights only. `<folder>/cbq/quantized.safetensors` holds, for each quantized
 linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32, `X.zero_point` (O, G) uint8 and
-`X.act_multiplier` () float32; its metadata hold the scheme of each linear. The sub-folder keeps it out of sight of
-engines that read every safetensors file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
+`X.act_multiplier` () float32, with static activations `X.act_initial_scale` () and `X.act_zero_point` () too; its
+metadata hold the scheme of each linear. The sub-folder keeps it out of sight of engines that read every safetensors
+file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -25,7 +26,7 @@ from cbq.models.loading import (
     load_pretrained,
     quiet_transformers,
 )
-from cbq.quant.linear import FusedLinear
+from cbq.quant.linear import FusedLinear, make_act_quantizer
 from cbq.quant.quantizer import ActQuantizer
 from cbq.quant.scheme import QuantScheme
 
@@ -51,6 +52,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             tensors[f"{name}.zero_point"] = linear.zero_point
         if linear.act_quantizer is not None:
             tensors[f"{name}.act_multiplier"] = linear.act_quantizer.range_multiplier.detach()
+            tensors |= {f"{name}.act_{part}": buffer for part, buffer in linear.act_quantizer.named_buffers()}
     inside = tuple(f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point"))
     state = {
         name: tensor
@@ -117,14 +119,16 @@ def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict
         zero_point=tensors[f"{name}.zero_point"] if weights else None,
         weight=linear.weight.detach(),
         bias=linear.bias,
-        act_quantizer=load_act_quantizer(scheme, tensors[f"{name}.act_multiplier"]) if activations else None,
+        act_quantizer=load_act_quantizer(scheme, name, tensors) if activations else None,
     )
 
 
-def load_act_quantizer(scheme: QuantScheme, multiplier: torch.Tensor) -> ActQuantizer:
-    """Return the activation quantizer with a stored multiplier ()."""
-    quantizer = ActQuantizer(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
-    quantizer.range_multiplier = nn.Parameter(multiplier, requires_grad=False)
+def load_act_quantizer(scheme: QuantScheme, name: str, tensors: dict[str, torch.Tensor]) -> ActQuantizer:
+    """Return the activation quantizer of a linear from its stored tensors; a KeyError if one is missing."""
+    quantizer = make_act_quantizer(scheme)
+    quantizer.range_multiplier = nn.Parameter(tensors[f"{name}.act_multiplier"], requires_grad=False)
+    for part, buffer in quantizer.named_buffers():
+        buffer.copy_(tensors[f"{name}.act_{part}"])
     return quantizer
 
 

@@ -16,6 +16,7 @@ from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
+from cbq.preprocess.statistics import set_act_ranges_
 from cbq.quant.linear import LinearState, linear_state, quantize_linears_
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.callbacks import WindowCurves
@@ -93,9 +94,11 @@ class Runner:
         loaded, segments, plan = self.prepare()
         perplexity = {"full_precision": self.evaluate(loaded, "full precision")}
         texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
+        set_act_ranges_(loaded.model, loaded.blocks, segments)
         with linear_state(loaded.model, LinearState.NEAREST):
             perplexity["rtn"] = self.evaluate(loaded, "round-to-nearest")
         self.preprocess.apply_(loaded.model, loaded.blocks, segments)
+        set_act_ranges_(loaded.model, loaded.blocks, segments)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan)
         perplexity["quantized"] = self.evaluate(loaded, self.scheme.label)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)

@@ -10,7 +10,7 @@ from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.outliers import largest_reserved
-from cbq.preprocess.statistics import input_maxima
+from cbq.preprocess.statistics import input_ranges
 from cbq.quant.linear import QuantLinear, quant_linears, quantize_linears_
 from cbq.quant.scheme import QuantScheme
 
@@ -42,10 +42,10 @@ def test_the_function_stays(model, relative_to: str) -> None:
 
 
 def test_an_outlier_channel_is_brought_to_the_geometric_mean(model) -> None:
-    before = [maxima["self_attn.q_proj"] for maxima in input_maxima(model, get_blocks(model), SEGMENTS)]
+    before = [ranges["self_attn.q_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
     weights = [block.self_attn.k_proj.weight.clone() for block in get_blocks(model)]
     CoarseToFine(False, True).apply_(model, get_blocks(model), SEGMENTS)
-    after = [maxima["self_attn.q_proj"] for maxima in input_maxima(model, get_blocks(model), SEGMENTS)]
+    after = [ranges["self_attn.q_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
     for block, old, new, weight in zip(get_blocks(model), before, after, weights, strict=True):
         limit = largest_reserved(old[None])
         outliers = old > limit

@@ -88,3 +88,8 @@ def test_overrides_out_of_range(override, message):
 
 def test_overrides_show_in_the_label():
     assert QuantScheme(2, 16, overrides=[{"linears": ".*", "weight_bits": 4}]).label == "W2A16*"
+
+
+def test_act_granularity_out_of_range():
+    with pytest.raises(InputError, match=r"quant\.act_granularity must be one of token, tensor, got 'channel'"):
+        QuantScheme(4, 4, act_granularity="channel")

@@ -12,7 +12,7 @@ from cbq.errors import InputError
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
 from cbq.models.families import ScalingPair, find_family, head_dim
 from cbq.preprocess.outliers import RESERVED, largest_reserved
-from cbq.preprocess.statistics import input_maxima
+from cbq.preprocess.statistics import InputRange, input_ranges
 from cbq.quant.linear import QuantLinear
 
 SMALLEST_CHANNEL_SCALE = 1e-2  # a channel that is always zero is not blown up without end
@@ -106,13 +106,13 @@ class CoarseToFine:
             segments: calibration token ids, (N, T).
         """
         pairs = find_family(model.config).scaling_pairs if self.activations else ()
-        statistics = input_maxima(model, blocks, segments) if pairs else ({} for _ in blocks)
-        for block, maxima in zip(blocks, statistics, strict=True):
+        statistics = input_ranges(model, blocks, segments) if pairs else ({} for _ in blocks)
+        for block, ranges in zip(blocks, statistics, strict=True):
             linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
             # Before activations are scaled: that makes columns of weights larger on purpose.
             limits = {name: self.weight_limits(linear.weight) for name, linear in linears.items()}
             for pair in pairs:
-                self.scale_activations_(pair, block, maxima, limits, head_dim(model.config))
+                self.scale_activations_(pair, block, ranges, limits, head_dim(model.config))
             for name, linear in linears.items():
                 if linear.weight_quantizer is not None:
                     linear.weight_quantizer.set_range_(linear.weight.float().clamp(-limits[name], limits[name]))
@@ -128,12 +128,12 @@ class CoarseToFine:
         self,
         pair: ScalingPair,
         block: nn.Module,
-        maxima: dict[str, torch.Tensor],
+        ranges: dict[str, InputRange],
         limits: dict[str, torch.Tensor],
         head_dim: int,
     ) -> None:
         """Scale the channels between a producer and its consumers, and the weights' limits with the weights."""
-        channels = producer_maxima(pair, block, maxima[pair.consumers[0]], head_dim)
+        channels = producer_maxima(pair, block, ranges[pair.consumers[0]].maxima, head_dim)
         reserved = largest_reserved(channels[None], self.lambda1, self.lambda2, self.reserved).squeeze(0)
         scale = self.channel_scale(channels, reserved)
         scale_channels_(pair, block, scale, head_dim)

@@ -13,9 +13,15 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.quant.affine import dequantize_affine, to_groups
-from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
+from cbq.quant.quantizer import ACT_QUANTIZERS, ActQuantizer, WeightQuantizer
 from cbq.quant.rounding import Nearest, Rounding
 from cbq.quant.scheme import QuantScheme
+
+
+def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
+    """Return the activation quantizer of a linear of `scheme`."""
+    kind = ACT_QUANTIZERS[scheme.act_granularity]
+    return kind(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
 
 
 class LinearState(Enum):
@@ -51,7 +57,7 @@ class QuantLinear(nn.Module):
                 linear.weight, scheme.weight_bits, scheme.group_size, scheme.symmetric
             )
         if scheme.quantizes_activations:
-            self.act_quantizer = ActQuantizer(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
+            self.act_quantizer = make_act_quantizer(scheme)
         self.rounding: Rounding = Nearest(self.out_features, self.in_features)
         self.state = LinearState.FULL_PRECISION
         self.requires_grad_(False)

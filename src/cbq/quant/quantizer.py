@@ -109,9 +109,38 @@ class ActQuantizer(nn.Module):
         """Return x (..., T, I) quantized with each token's full range, as without learning."""
         return self.quantize(x, torch.ones_like(self.range_multiplier))
 
+    def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scale and the zero point of each token of x (..., T, I), (..., T, 1)."""
+        return choose_qparams_affine(x, self.bits, self.symmetric, self.denominator)
+
     def quantize(self, x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
         """Return x (..., T, I) quantized and dequantized with step sizes `multiplier` times those of its range."""
         with torch.no_grad():
-            scale, zero_point = choose_qparams_affine(x, self.bits, self.symmetric, self.denominator)
+            scale, zero_point = self.qparams(x)
         scale = scale * multiplier
         return fake_quantize_affine(x.float(), scale, zero_point, self.quant_min, self.quant_max).to(x.dtype)
+
+
+class StaticActQuantizer(ActQuantizer):
+    """Quantizes all activations of a linear's input with one step size, found on the calibration data.
+
+    Its arguments are those of `ActQuantizer`; `set_range_` must be called before it is used.
+
+    Source: S_X of Eq. 5, read as one learned step size a linear (METHOD 4).
+    """
+
+    def __init__(self, bits: int, symmetric: bool = False, denominator: float | None = None) -> None:
+        super().__init__(bits, symmetric, denominator)
+        self.register_buffer("initial_scale", torch.tensor(float("nan")))
+        self.register_buffer("zero_point", torch.tensor(float("nan")))
+
+    def set_range_(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Cover values from `low` () to `high` ()."""
+        scale, zero_point = choose_qparams_affine(torch.stack([low, high]), self.bits, self.symmetric, self.denominator)
+        self.initial_scale, self.zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
+
+    def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.initial_scale, self.zero_point
+
+
+ACT_QUANTIZERS: dict[str, type[ActQuantizer]] = {"token": ActQuantizer, "tensor": StaticActQuantizer}

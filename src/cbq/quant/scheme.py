@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from cbq.errors import InputError
 
 FULL_PRECISION_BITS = 16
+ACT_GRANULARITIES = ("token", "tensor")
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,14 @@ class QuantScheme:
 
     Args:
         weight_bits: 2 to 8, or 16 (not quantized).
-        act_bits: 2 to 8, or 16 (not quantized). Activations are quantized per token, with a range found anew for
-            each token.
+        act_bits: 2 to 8, or 16 (not quantized).
         group_size: input features that share a weight scale; -1 is per output channel, the paper's setting.
         symmetric: weights without a zero point.
         act_symmetric: activations without a zero point.
         act_denominator: symmetric activations: absmax / act_denominator is the scale; 2^(act_bits - 1) - 0.5 when
             None, or 2^(act_bits - 1) - 1.
+        act_granularity: `token`, a range found anew for each token, the paper's setting; or `tensor`, one range a
+            linear, found on the calibration data.
         overrides: exceptions, each a dict of `linears`, a regular expression for the whole name of a linear, and the
             fields above that are different there; a later one wins. A linear is called by its block and by its name
             in it, `blocks.0.mlp.down_proj`; blocks also count from the last one, `blocks.-1.mlp.down_proj`.
@@ -47,6 +49,7 @@ class QuantScheme:
     symmetric: bool = False
     act_symmetric: bool = False
     act_denominator: float | None = None
+    act_granularity: str = "token"
     overrides: Sequence[Mapping] = ()
 
     def __post_init__(self) -> None:
@@ -61,6 +64,10 @@ class QuantScheme:
         for name in ("symmetric", "act_symmetric"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"quant.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.act_granularity not in ACT_GRANULARITIES:
+            raise InputError(
+                f"quant.act_granularity must be one of {', '.join(ACT_GRANULARITIES)}, got {self.act_granularity!r}"
+            )
         if self.act_denominator is not None:
             half = 2 ** (self.act_bits - 1)
             if not self.act_symmetric or self.act_bits == FULL_PRECISION_BITS:
