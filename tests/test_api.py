@@ -1,18 +1,23 @@
 """The Python API, as a user would: a transformers model in, a transformers model out."""
 
+import copy
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import cbq
+from cbq.cli import conf_dir, flatten
 from cbq.errors import InputError
 from cbq.preprocess.cfp import CoarseToFine
-from cbq.quant.linear import FusedLinear
+from cbq.quant.linear import FusedLinear, quantize_linears_
 from cbq.quant.rounding import DenseSTE
 from cbq.quant.scheme import QuantScheme
+from cbq.run_folder import RunFolder
 
 TOKENS = torch.randint(320, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -40,28 +45,52 @@ def test_quantize_generate_save_load(model, tiny_llama_folder, tmp_path, capsys)
     assert torch.equal(loaded.model.generate(ids, **options), written)
 
 
-def test_equals_the_runner(tiny_llama_folder, tiny_text_file, tmp_path) -> None:
-    """The same segments and options give the same bits from the command line's Runner."""
-    from hydra import compose, initialize_config_dir
-    from hydra.utils import instantiate
-
-    from cbq.cli import conf_dir, flatten
-    from cbq.run_folder import RunFolder
-
-    overrides = ["model=hf", f"model.path={tiny_llama_folder}", "quant=w2a16", "rounding=dense_ste", "seed=3"]
-    overrides += ["calibration=text", f"calibration.path={tiny_text_file}", "calibration.num_segments=4"]
-    overrides += ["calibration.segment_tokens=32", "evaluation=none", "tracking.mode=disabled", "preprocess=cfp"]
+@pytest.mark.parametrize(
+    ("overrides", "scheme", "options"),
+    [
+        (["quant=w2a16", "rounding=lora"], "w2a16", {}),
+        (
+            ["quant=w4a4", "quant.act_granularity=tensor", "rounding=dense_ste", "preprocess=cfp"],
+            QuantScheme(4, 4, act_granularity="tensor"),
+            {"rounding": DenseSTE, "preprocess": CoarseToFine(True, True)},
+        ),
+    ],
+    ids=["lora", "static, cfp, dense_ste"],
+)
+def test_equals_the_runner(tiny_llama_folder, tiny_text_file, tmp_path, overrides, scheme, options) -> None:
+    """The same segments and options give the same bits from the command line's Runner, all defaults being the same."""
+    overrides = [*overrides, "model=hf", f"model.path={tiny_llama_folder}", "seed=3", "evaluation=none"]
+    overrides += ["calibration=text", f"calibration.path={tiny_text_file}", "calibration.num_segments=7"]
+    overrides += ["calibration.segment_tokens=32", "tracking.mode=disabled"]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = compose("config", overrides=overrides)
     runner = instantiate(config.runner, folder=RunFolder(tmp_path / "run", config), settings=flatten(config))
     runner.run()
     segments = instantiate(config.calibration).sample(AutoTokenizer.from_pretrained(tiny_llama_folder), 320, 128, 3)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
-    quantized, _ = cbq.quantize(
-        model, segments, "w2a16", rounding=DenseSTE, preprocess=CoarseToFine(True, True), seed=3, progress=False
-    )
+    quantized, _ = cbq.quantize(model, segments, scheme, **options, seed=3, progress=False)
     ids = TOKENS[:2]
+    assert quantized(ids).logits.isfinite().all()
     assert torch.equal(quantized(ids).logits, cbq.load(tmp_path / "run" / "checkpoint").model(ids).logits)
+
+
+def test_static_ranges_are_those_of_the_preprocessed_model(model) -> None:
+    """In the first block, whose input no quantization changes; norms enlarged so that preprocessing has work."""
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        block.post_attention_layernorm.weight[5] *= 100
+    processed = copy.deepcopy(model)
+    quantize_linears_(processed.model.layers, QuantScheme(16, 8))
+    preprocess = CoarseToFine(False, True)
+    preprocess.apply_(processed, processed.model.layers, TOKENS)
+    seen = []
+    processed.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    processed(TOKENS)
+    cbq.quantize(
+        model, TOKENS, QuantScheme(16, 8, act_granularity="tensor"), preprocess=preprocess, progress=False, epochs=1
+    )
+    scale = model.model.layers[0].mlp.up_proj.act_quantizer.initial_scale
+    torch.testing.assert_close(scale, (seen[0].max() - seen[0].min()) / 255, rtol=1e-4, atol=1e-6)
 
 
 def test_callbacks_and_silence(model, capsys) -> None:

@@ -82,9 +82,13 @@ def test_settings_are_flat_and_without_duplicates():
     assert not any("_target_" in key or "_partial_" in key for key in settings)
 
 
-@pytest.mark.parametrize("name", [option.stem for option in OPTIONS if option.parent.name == "rounding"])
-def test_rounding_defaults_are_those_of_the_python_api(name):
+@pytest.mark.parametrize(
+    "choice",
+    [*(f"rounding={option.stem}" for option in OPTIONS if option.parent.name == "rounding"), "reconstruction=default"],
+)
+def test_defaults_are_those_of_the_python_api(choice):
     """`rounding=lora` and `cbq.quantize(rounding=LoRARounding)` are one thing."""
-    options = {key: value for key, value in compose(f"rounding={name}").rounding.items() if not key.startswith("_")}
-    parameters = inspect.signature(hydra.utils.get_class(compose(f"rounding={name}").rounding._target_)).parameters
-    assert options == {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    group = compose(choice)[choice.split("=")[0]]
+    parameters = inspect.signature(get_object(group._target_)).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    assert {key: group[key] for key in defaults} == defaults

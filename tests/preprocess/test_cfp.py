@@ -1,5 +1,6 @@
 """Coarse-to-fine preprocessing on a small LLaMA with outliers put in."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_weight_quantizers_cover_the_weight_without_its_outliers(model) -> None:
     compared = [row for row in range(128) if (zero_point[row] % 1 - 0.5).abs() > 1e-3]
     assert len(set(compared) & set(range(3, 11))) > 1
     assert len(compared) > 100
-    nearest = linear.weight_quantizer.nearest(weight)
+    nearest = linear.weight_quantizer(weight, linear.rounding)
     for row in compared:
         zero = round(zero_point[row].item())
         expected = torch.fake_quantize_per_tensor_affine(clipped[row], scale[row].item(), zero, 0, 15)
@@ -121,3 +122,54 @@ def test_full_precision_weights_have_no_quantizer_to_set(tiny_llama_folder: Path
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         CoarseToFine(**({"weights": True, "activations": True} | options))
+
+
+def initial_scales(model, **options) -> torch.Tensor:
+    """Return every weight scale after preprocessing, in one vector."""
+    model = copy.deepcopy(model)
+    CoarseToFine(**({"weights": True, "activations": True} | options)).apply_(model, get_blocks(model), SEGMENTS)
+    return torch.cat([linear.weight_quantizer.initial_scale.flatten() for linear in quant_linears(get_blocks(model))])
+
+
+@pytest.mark.parametrize("half", [{}, {"weights": False}, {"activations": False}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"reserved": "coarse"}, {"lambda1": 40.0}, {"lambda2": 1000.0}, {}], ids=lambda change: str(change)
+)
+def test_nothing_is_wired_to_nothing(model, half: dict, change: dict) -> None:
+    """Each option changes the scales, in either half of the preprocessing; the same options do not."""
+    assert torch.equal(initial_scales(model, **half, **change), initial_scales(model, **half)) == (not change)
+
+
+def test_halves_differ(model) -> None:
+    both, weights, activations = (
+        initial_scales(model, **half) for half in ({}, {"activations": False}, {"weights": False})
+    )
+    assert not torch.equal(both, weights)
+    assert not torch.equal(both, activations)
+    assert not torch.equal(weights, activations)
+    assert not torch.equal(activations, initial_scales(model, weights=False, relative_to="largest"))
+
+
+def test_eq_14_read_literally(model) -> None:
+    """sqrt(max|X_i| / max(O*)) for every channel."""
+    before = [ranges["mlp.gate_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
+    for block in get_blocks(model):
+        block.post_attention_layernorm.weight[9] *= 50
+    scaled = [ranges["mlp.gate_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
+    assert not torch.allclose(before[0], scaled[0])
+    norm = get_blocks(model)[0].post_attention_layernorm.weight.clone()
+    CoarseToFine(False, True, relative_to="largest").apply_(model, get_blocks(model), SEGMENTS)
+    factor = norm / get_blocks(model)[0].post_attention_layernorm.weight
+    torch.testing.assert_close(factor, (scaled[0] / scaled[0].max()).sqrt().clamp_min(0.01), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_cut_off_by_their_rows_limit(tiny_llama_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32).requires_grad_(False)
+    linear = get_blocks(model)[2].mlp.up_proj
+    linear.weight[4, 20] = 30.0
+    limit = largest_reserved(linear.weight.abs())[4]
+    quantize_linears_(get_blocks(model), QuantScheme(4, 16, group_size=16))
+    CoarseToFine(True, False).apply_(model, get_blocks(model), SEGMENTS)
+    group = get_blocks(model)[2].mlp.up_proj.weight[4, 16:32].clamp(-limit, limit)
+    scale = get_blocks(model)[2].mlp.up_proj.weight_quantizer.initial_scale[4, 1]
+    torch.testing.assert_close(scale.squeeze(), (group.max() - group.min().clamp_max(0)) / 15)

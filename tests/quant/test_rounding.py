@@ -292,3 +292,15 @@ def test_size_of_the_product_does_not_depend_on_the_rank(rank):
     a1, _ = low_rank_factors(512, 512, rank)
     assert (a1 @ torch.ones(rank, 512)).std().item() == pytest.approx(1.0, rel=0.15)
     assert a1.std().item() == pytest.approx(1 / math.sqrt(rank), rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [LoRARounding, LoRASTE])
+def test_low_rank_values_do_not_depend_on_autocast(kind):
+    """On a GPU windows are learned and measured under bfloat16 autocast, and fused without."""
+    rounding = make(kind, (64, 64))
+    disturb_(rounding, 0.5)
+    groups, one = torch.randn(64, 1, 64, generator=torch.Generator().manual_seed(0)), torch.ones(64, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rounding(groups, one, one)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, rounding(groups, one, one))

@@ -1,6 +1,7 @@
 """Windows of the tiny LLaMA, solved; 8 steps each unless a test says otherwise."""
 
 import itertools
+import weakref
 
 import lightning as L
 import pytest
@@ -12,6 +13,7 @@ from cbq.quant.linear import FusedLinear, LinearState, linear_state, quant_linea
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, LoRASTE, Nearest
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.callbacks import WindowCurves
+from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.solver import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
@@ -329,3 +331,28 @@ def test_values_out_of_range(make_solver, key, value):
 def test_annealing_out_of_range(make_solver, options):
     with pytest.raises(InputError, match="reconstruction"):
         make_solver(**options)
+
+
+def test_finished_windows_leave_memory(make_setup, make_solver):
+    """No full-precision weight, rounding or stream of an earlier window is kept alive."""
+    setup = make_setup(W4A4)
+    first = [weakref.ref(linear) for linear in quant_linears(setup.blocks[0])]
+    modules = []
+
+    class Remember(L.Callback):
+        def on_fit_start(self, trainer, module) -> None:
+            modules.append(weakref.ref(module))
+
+    listeners = [WindowCurves(lambda rows: None), Remember()]
+    reconstruct_(
+        setup.model,
+        setup.blocks,
+        setup.segments,
+        SlidingWindows(2).plan(4),
+        make_solver(),
+        listeners,
+        lambda result: None,
+    )
+    assert len(modules) == 3
+    assert [module() for module in modules] == [None] * 3
+    assert [linear() for linear in first] == [None] * 7

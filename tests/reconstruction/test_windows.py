@@ -18,6 +18,8 @@ PLANS = [
 @pytest.mark.parametrize("rounding_blocks", ["window", "overlap"])
 def test_every_plan(rounding_blocks):
     for num_blocks, window, overlap in PLANS:
+        if rounding_blocks == "overlap" and overlap == 0:
+            continue  # refused
         plan = SlidingWindows(window, overlap, rounding_blocks).plan(num_blocks)
         blocks = [set(range(w.start, w.stop)) for w in plan]
         assert set().union(*blocks) == set(range(num_blocks)), "every block is covered"
@@ -48,7 +50,7 @@ def test_whose_rounding_is_learned():
     for num_blocks, window, overlap in PLANS:
         for w in SlidingWindows(window, overlap).plan(num_blocks):
             assert w.rounding_start == w.start
-        for w in SlidingWindows(window, overlap, "overlap").plan(num_blocks):
+        for w in SlidingWindows(window, overlap, "overlap").plan(num_blocks) if overlap else ():
             learned = [block for block in range(w.start, w.stop) if block >= w.rounding_start]
             assert learned == list(range(w.start, w.stop))[len(w) - min(overlap, len(w)) :]
 
@@ -91,3 +93,9 @@ def test_values_out_of_range(options, key):
 def test_window_larger_than_the_model():
     with pytest.raises(InputError, match=r"cbd\.window must be at most the model's 3 blocks, got 4"):
         SlidingWindows(4).plan(3)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_rounding_of_the_overlap_needs_an_overlap(window: int) -> None:
+    with pytest.raises(InputError, match=r"cbd\.rounding_blocks=overlap needs cbd\.overlap of at least 1"):
+        SlidingWindows(window, 0, "overlap")

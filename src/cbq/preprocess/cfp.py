@@ -15,6 +15,7 @@ from cbq.preprocess.outliers import RESERVED, largest_reserved
 from cbq.preprocess.statistics import InputRange, input_ranges
 from cbq.quant.linear import QuantLinear
 
+ROWS_AT_ONCE = 256
 SMALLEST_CHANNEL_SCALE = 1e-2  # a channel that is always zero is not blown up without end
 
 
@@ -122,7 +123,11 @@ class CoarseToFine:
         magnitudes = weight.float().abs()
         if not self.weights:
             return magnitudes.amax(-1, keepdim=True)
-        return largest_reserved(magnitudes, self.lambda1, self.lambda2, self.reserved).unsqueeze(-1)
+        # Some rows at a time: the search needs a dozen numbers a weight.
+        limits = [
+            largest_reserved(rows, self.lambda1, self.lambda2, self.reserved) for rows in magnitudes.split(ROWS_AT_ONCE)
+        ]
+        return torch.cat(limits).unsqueeze(-1)
 
     def scale_activations_(
         self,

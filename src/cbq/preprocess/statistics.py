@@ -43,6 +43,7 @@ def input_ranges(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor
         segments: calibration token ids, (N, T).
     """
     cache = ActivationCache(model, blocks, segments)
+    del cache.quantized  # one stream is enough here
     for index, block in enumerate(blocks):
         ranges: dict[str, InputRange] = {}
 

@@ -83,10 +83,10 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def changed_integers(self) -> tuple[int, int]:
-        """Return how many learned integers differ from round-to-nearest, and how many there are."""
+        """Return how many learned integers differ from round-to-nearest at the initial scale, and of how many."""
         if self.weight_quantizer is None:
             return 0, 0
-        nearest = self.weight_quantizer.nearest_integers(self.weight).flatten(1)
+        nearest = self.weight_quantizer.starting_integers(self.weight).flatten(1)
         return int((self.integers() != nearest).sum()), nearest.numel()
 
 

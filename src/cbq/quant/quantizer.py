@@ -65,8 +65,8 @@ class WeightQuantizer(nn.Module):
         values = rounding(to_groups(weight.float(), self.group_size), self.initial_scale, scale)
         return (values + self.zero_point).clamp(self.quant_min, self.quant_max)
 
-    def nearest_integers(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the integers of round-to-nearest at the initial scale, (O, G, g)."""
+    def starting_integers(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the integers of round-to-nearest at the initial scale, (O, G, g): what learning starts from."""
         groups = to_groups(weight.float(), self.group_size)
         return quantize_affine(groups, self.initial_scale, self.zero_point, self.quant_min, self.quant_max)
 
@@ -76,8 +76,10 @@ class WeightQuantizer(nn.Module):
         return dequantize_affine(self.integers(weight, rounding, scale), scale, self.zero_point).flatten(1)
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return `weight` (O, I) rounded to nearest at the initial scale, float32."""
-        return dequantize_affine(self.nearest_integers(weight), self.initial_scale, self.zero_point).flatten(1)
+        """Return `weight` (O, I) rounded to nearest, its whole range covered, float32: as without any learning."""
+        groups = to_groups(weight.float(), self.group_size)
+        scale, zero_point = choose_qparams_affine(groups, self.bits, self.symmetric)
+        return fake_quantize_affine(groups, scale, zero_point, self.quant_min, self.quant_max).flatten(1)
 
 
 class ActQuantizer(nn.Module):

@@ -192,7 +192,7 @@ class LoRARounding(SigmoidRounding):
         self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
 
     def rounding_logits(self) -> torch.Tensor:
-        return self.a1 @ self.a2
+        return low_rank_product(self.a1, self.a2)
 
 
 class StraightThroughRounding(Rounding):
@@ -243,7 +243,7 @@ class LoRASTE(StraightThroughRounding):
         self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
 
     def offset(self) -> torch.Tensor:
-        return self.a1 @ self.a2
+        return low_rank_product(self.a1, self.a2)
 
 
 def low_rank_factors(out_features: int, in_features: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -262,3 +262,9 @@ def low_rank_factors(out_features: int, in_features: int, rank: int) -> tuple[nn
         nn.Parameter(torch.randn(out_features, rank) / math.sqrt(rank)),
         nn.Parameter(torch.zeros(rank, in_features)),
     )
+
+
+def low_rank_product(a1: torch.Tensor, a2: torch.Tensor) -> torch.Tensor:
+    """Return A_1 A_2 in float32, also where other matrix products are in bfloat16: integers must not depend on that."""
+    with torch.autocast(a1.device.type, enabled=False):
+        return a1 @ a2

@@ -1,5 +1,6 @@
 """The loop over a model's windows."""
 
+import gc
 from collections.abc import Callable
 
 import lightning as L
@@ -42,4 +43,5 @@ def reconstruct_(
         for block in blocks[window.start : window.finished]:
             fuse_linears_(block)
         cache.advance_quantized(window.finished)
+        gc.collect()  # a trainer and its module hold each other, and the window's streams
     return results

@@ -16,7 +16,7 @@ from cbq.errors import InputError
 from cbq.quant.linear import LinearState, QuantLinear, linear_state, quant_linears
 from cbq.quant.rounding import Rounding
 from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
-from cbq.reconstruction.guard import FiniteSteps, restore_, snapshot
+from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.windows import Window
@@ -36,7 +36,7 @@ class WindowResult:
         stop: one past the last block.
         rec_loss_first: before the window was solved.
         rec_loss_last: after.
-        rec_loss_rtn: rounded to nearest at the initial step sizes.
+        rec_loss_rtn: rounded to nearest, each weight's range covered whole.
         changed_integers: share of the window's integers that differ from round-to-nearest.
         wall_time_seconds: for solving, measuring included.
         guard: what kept the window sound, in words, or None: nothing was needed.
@@ -107,7 +107,7 @@ class Reconstruction:
         beta_start: float = 20.0,
         beta_end: float = 2.0,
         warmup: float = 0.2,
-        hard_start: float = 2 / 3,
+        hard_start: float = 0.6667,
         homologous_weight: float = 0.0,
         restart: bool = False,
         seed: int = 0,
@@ -136,7 +136,6 @@ class Reconstruction:
         self.hardening = HardRounding(hard_start)
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
         self.finite_steps = FiniteSteps()
-        self.prepared: set[QuantLinear] = set()
 
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps a window takes."""
@@ -163,12 +162,11 @@ class Reconstruction:
         )
         guard, last = None, first
         if module.groups:
-            start = snapshot(module)
             self._fit(module, targets, callbacks)
             for linear in linears:
                 linear.rounding.harden_()
             last = measure(window, cache, targets, self.loss)
-            guard, last = self._keep_best(module, start, first, nearest, last)
+            guard, last = self._keep_best(module, first, nearest, last)
         changed, total = map(sum, zip(*(linear.changed_integers() for linear in linears), strict=True))
         return WindowResult(
             start=window.start,
@@ -181,34 +179,37 @@ class Reconstruction:
             guard=guard,
         )
 
-    def _keep_best(
-        self, module: WindowModule, start: list[torch.Tensor], first: float, nearest: float, last: float
-    ) -> tuple[str | None, float]:
+    def _keep_best(self, module: WindowModule, first: float, nearest: float, last: float) -> tuple[str | None, float]:
         """Go back to the window's start, or to round-to-nearest, if what was learned is worse.
 
         Returns:
             what was done, or None; the reconstruction loss of what is kept.
+
+        Note: only the start and the end are compared: the rates anneal to 0, so that a window that does not diverge
+            ends at its best. Round-to-nearest is that of the weights as preprocessing scaled them, but not cut off.
         """
-        done = self.finite_steps.describe()
+        done = [self.finite_steps.describe()]
         kept = last
         if not last <= first:  # also where it is not a number
-            restore_(module, start)
+            restore_(module, self.finite_steps.start)
             kept = first
+            done.append(f"fell back to the window's start: the loss ended at {last:.4g}, not {first:.4g}")
         if not kept <= nearest:
+            for linear in module.linears:
+                if linear.weight_quantizer is not None:
+                    linear.weight_quantizer.set_range_(linear.weight)
             self._reset(module.linears)
+            done.append(f"fell back to round-to-nearest: the loss was {kept:.4g}, not {nearest:.4g}")
             kept = nearest
-        if kept != last:
-            what = "round-to-nearest" if kept == nearest else "the window's start"
-            done = "; ".join(filter(None, [done, f"fell back to {what}: the loss ended at {last:.4g}, not {kept:.4g}"]))
-        return done, kept
+        self.finite_steps.start = []
+        return "; ".join(filter(None, done)) or None, kept
 
     def _prepare(self, linears: list[QuantLinear]) -> None:
         """Give each linear that is new to reconstruction its rounding; the others go on from what they learned."""
-        self._reset([linear for linear in linears if self.restart or linear not in self.prepared])
+        self._reset([linear for linear in linears if self.restart or linear.state is not LinearState.LEARNED])
         for linear in linears:
             linear.state = LinearState.LEARNED
             linear.rounding.harden_()
-            self.prepared.add(linear)
 
     def _reset(self, linears: Sequence[QuantLinear]) -> None:
         """Give linears what they start with: round-to-nearest, and everything to learn."""
@@ -255,6 +256,9 @@ class Reconstruction:
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
+        for callback in trainer.callbacks:
+            callback.__dict__.pop("log", None)  # Lightning's; would keep this window and its streams in memory
+            callback.__dict__.pop("log_dict", None)
         module.learned.requires_grad_(False)
         module.zero_grad()  # the next window makes its own
         module.learned.to(device)  # Lightning moves what it trained to the CPU

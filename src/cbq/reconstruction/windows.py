@@ -35,6 +35,7 @@ def overlap_only(start: int, stop: int, overlap: int) -> int:
     """Return the first block whose rounding a window learns: its last `overlap` ones.
 
     Source: Eq. 10 read literally, j = k + 1 - overlap.
+    Note: blocks before the first overlap never get a learned rounding.
     """
     return max(start, stop - overlap)
 
@@ -72,6 +73,8 @@ class SlidingWindows:
             raise InputError(
                 f"cbd.rounding_blocks must be one of {', '.join(ROUNDING_BLOCKS)}, got {rounding_blocks!r}"
             )
+        if rounding_blocks == "overlap" and overlap == 0:
+            raise InputError("cbd.rounding_blocks=overlap needs cbd.overlap of at least 1: it would learn no rounding")
         self.window = window
         self.overlap = overlap
         self.rounding_start = ROUNDING_BLOCKS[rounding_blocks]
