@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from cbq.cli import conf_dir
 from cbq.errors import InputError
 from cbq.results import write_results
-from cbq.run_folder import CONFIG_NAME, RunFolder
+from cbq.run_folder import CONFIG_NAME, RunFolder, withdraw
 
 CONFIG = {"quant": {"weight_bits": 4, "label": "W${.weight_bits}"}, "seed": 0, "overwrite": False, "tracking": {"x": 1}}
 
@@ -110,17 +112,45 @@ def test_overwrite_clears_known_outputs_only(tmp_path, status, changes):
     assert OmegaConf.load(tmp_path / CONFIG_NAME) == OmegaConf.create(CONFIG | changes)
 
 
-def test_a_folder_that_holds_no_run_keeps_what_is_in_it(tmp_path):
-    """Without overwrite=true nothing of the user's is removed: `hydra.run.dir=.` in a project that has a `wandb/`."""
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "my-other-run").write_text("mine")
-    folder = make(tmp_path)
-    try:
-        if not folder.is_finished():
-            folder.start()
-    except InputError:
-        pass  # refusing is fine too
-    assert (tmp_path / "wandb" / "my-other-run").read_text() == "mine"
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["wandb/my-other-run", "checkpoint/mine.txt", "config.yaml", "metrics.csv"])
+def test_a_folder_that_holds_no_run_keeps_what_is_in_it(tmp_path, name, overwrite):
+    """Nothing of the user's is removed: `hydra.run.dir=.` in a project that has a `wandb/`."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="holds no run of cbq, but"):
+        make(tmp_path, overwrite).is_finished()
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("value", ["no", "yes", 0, 1, None], ids=repr)
+def test_overwrite_is_true_or_false(tmp_path, value):
+    """The text `no` would count as true, and remove a run."""
+    with pytest.raises(InputError, match="overwrite must be true or false"):
+        make(tmp_path, value)
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_path_that_cannot_be_a_folder(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    folder = make(tmp_path / "file" / below)
+    with pytest.raises(InputError, match="file"):
+        folder.is_finished() or folder.start()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_tracking_is_not_the_experiment_in_the_real_configuration(tmp_path):
+    """Other groups are repeated below `runner`: what does not count must not come back in there."""
+
+    def composed(*overrides: str) -> RunFolder:
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            return RunFolder(tmp_path, compose("config", overrides=list(overrides)))
+
+    composed("tracking.mode=disabled").start()
+    write_results(tmp_path, {"status": "finished"})
+    assert composed("tracking.mode=offline", "overwrite=true").is_finished()
+    with pytest.raises(InputError, match="different configuration"):
+        composed("rounding.rank=4").is_finished()
 
 
 def test_linked_output(tmp_path):
@@ -139,7 +169,7 @@ def test_withdraw_removes_empty_folders_only(tmp_path):
     path = tmp_path / "kept" / "date" / "time"
     path.mkdir(parents=True)
     (tmp_path / "kept" / "file").write_text("mine")
-    make(path).withdraw()
+    withdraw(path)
     assert [file.name for file in tmp_path.rglob("*")] == ["kept", "file"]
 
 
@@ -147,10 +177,10 @@ def test_withdraw_keeps_what_is_not_empty(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "file").write_text("mine")
-    make(path).withdraw()
+    withdraw(path)
     assert (path / "file").read_text() == "mine"
 
 
 def test_withdraw_of_a_folder_that_was_never_made(tmp_path):
-    make(tmp_path / "a" / "b").withdraw()
+    withdraw(tmp_path / "a" / "b")
     assert tmp_path.is_dir()

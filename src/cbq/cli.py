@@ -4,10 +4,13 @@ The only file that imports hydra. Exit codes: 0 done, 2 the user's mistake (one 
 traceback, and `error.txt` in the run folder).
 """
 
+import hashlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from omegaconf.errors import (
 )
 
 from cbq.errors import InputError
-from cbq.run_folder import RunFolder
+from cbq.run_folder import RunFolder, withdraw
 
 USAGE = """cbq: cross-block quantization of large language models
 
@@ -57,7 +60,7 @@ def main() -> None:
         print(USAGE, end="")
         sys.exit(0)
     command = "quantize"
-    if words and "=" not in words[0] and words[0][0] not in "-+~":
+    if words and "=" not in words[0] and not words[0].startswith(("-", "+", "~")):
         command = words.pop(0)
     if command not in COMMANDS:
         print(f"cbq: unknown command {command!r}: it must be one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -66,40 +69,81 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises what it would print, so that it can be said in one line
     config_name, task = COMMANDS[command]
     codes: list[int] = []
+    jobs = Jobs()
     application = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     try:
-        application(lambda config: codes.append(run_job(task, config)))()
+        application(lambda config: codes.append(run_job(task, config, jobs)))()
     except KeyboardInterrupt:
         print("cbq: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         line = explain(error)
+        if line is None and isinstance(error, OSError) and not jobs.started:
+            line = f"hydra.run.dir {error.filename} cannot be made: {error.strerror}"
         if line is None:
             raise
+        if jobs.failed:
+            line = f"failed jobs: {', '.join(map(str, jobs.failed))}; the others are done"
         print(f"cbq: {line}", file=sys.stderr)
         sys.exit(2)
     sys.exit(max(codes, default=0))
 
 
-def run_job(task: Callable[[DictConfig, RunFolder], None], config: DictConfig) -> int:
+@dataclass
+class Jobs:
+    """What became of the jobs of one command.
+
+    Args:
+        started: whether any has.
+        failed: the numbers of those of a sweep that did.
+    """
+
+    started: bool = False
+    failed: list[int] = field(default_factory=list)
+
+
+def folder_name(dirname: str) -> str:
+    """Return a name for one folder from a sweep job's overrides: no path in it, and not too long for a disk.
+
+    Example:
+        >>> folder_name("quant=w4a4,calibration.path=../a.txt")
+        'quant=w4a4,calibration.path=.._a.txt'
+    """
+    name = dirname.replace("/", "_").replace(chr(92), "_")
+    if len(name.encode()) <= MAX_FOLDER_BYTES:
+        return name
+    digest = hashlib.sha256(dirname.encode()).hexdigest()[:12]
+    return name.encode()[: MAX_FOLDER_BYTES - 13].decode(errors="ignore") + "-" + digest
+
+
+def run_job(task: Callable[[DictConfig, RunFolder], None], config: DictConfig, jobs: Jobs) -> int:
     """Run one job and return its exit code; in a sweep raise instead, so that every launcher sees the failure.
+
+    Args:
+        task: the command.
+        config: the composed configuration.
+        jobs: is told.
 
     Raises:
         InputError: in a sweep, the user's mistake. The sweep goes on with its other jobs.
     """
     job = HydraConfig.get()
     in_sweep = job.mode is RunMode.MULTIRUN
-    folder = RunFolder(Path(job.runtime.output_dir), config, config.overwrite)
+    jobs.started = True
+    path = Path(job.runtime.output_dir)
     if in_sweep:
         print(f"\njob {job.job.num}: {job.job.override_dirname}", flush=True)
     try:
+        folder = RunFolder(path, config, config.overwrite)
         task(config, folder)
     except Exception as error:
         line = explain(error)
-        folder.withdraw()
+        withdraw(path)
+        jobs.failed += [job.job.num] if in_sweep else []
         if line is None:
-            if folder.path.is_dir():
-                (folder.path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if path.is_dir():
+                (path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             raise
         where = f"job {job.job.num}: " if in_sweep else ""
         print(f"cbq: {where}{line}", file=sys.stderr)
@@ -114,7 +158,11 @@ def quantize(config: DictConfig, folder: RunFolder) -> None:
     if folder.is_finished():
         print(f"already finished: {folder.path} (overwrite=true starts anew)")
         return
-    runner = instantiate(config.runner, folder=folder, settings=flatten(config))
+    check_keys(config)
+    choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
+    settings = flatten(config)
+    settings |= {key: choice for key, choice in choices.items() if key not in NOT_SETTINGS}
+    runner = instantiate(config.runner, folder=folder, settings=settings)
     try:
         runner.run()
     except BaseException as error:
@@ -123,6 +171,22 @@ def quantize(config: DictConfig, folder: RunFolder) -> None:
 
 
 COMMANDS = {"quantize": ("config", quantize)}
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse a top-level key that nothing reads; a `+` makes hydra accept any.
+
+    Raises:
+        InputError: there is one.
+    """
+    main_file = OmegaConf.load(Path(conf_dir()) / "config.yaml")
+    groups = [group for entry in main_file.defaults if isinstance(entry, DictConfig) for group in entry]
+    known = [key for key in (*groups, *main_file) if not key.startswith("override") and key not in NOT_OPTIONS]
+    unknown = sorted(set(config) - set(known) - NOT_OPTIONS)
+    if unknown:
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it must be one of {', '.join(known)}"
+        raise InputError(f"unknown option {unknown[0]!r}: {hint}")
 
 
 def flatten(config: DictConfig, prefix: str = "") -> dict:
@@ -140,6 +204,9 @@ def flatten(config: DictConfig, prefix: str = "") -> dict:
 
 
 NOT_SETTINGS = {"runner", "tracking", "overwrite", "hydra"}
+NOT_OPTIONS = {"runner", "defaults", "hydra"}
+SIGNATURE_ERROR = re.compile(r"unexpected keyword argument|missing \d+ required")
+MAX_FOLDER_BYTES = 200
 
 
 def explain(error: BaseException | None) -> str | None:
@@ -160,7 +227,8 @@ def explain(error: BaseException | None) -> str | None:
             options = ", ".join(link.options or [])
             return f"{link.missing_cfg_file!r} does not exist" + (f": it must be one of {options}" if options else "")
     for link in chain:
-        if isinstance(link, InstantiationException) and isinstance(link.__cause__, TypeError):
+        # An argument that a class does not have, or that is missing; any other TypeError is a fault of ours.
+        if isinstance(link, InstantiationException) and SIGNATURE_ERROR.search(str(link.__cause__)):
             return one_line(link.__cause__)
         if isinstance(link, ConfigCompositionException | OmegaConfBaseException):
             return one_line(link)
@@ -170,15 +238,22 @@ def explain(error: BaseException | None) -> str | None:
 
 
 def unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    """Return what key a user may have meant."""
+    """Return what key a user may have meant, given the choices of groups on the command line."""
     key = error.full_key or str(error.key)
+    groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
+    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-        config = hydra.compose("config")
-    known = [*flatten(config), *config]
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in known if parent and name.startswith(f"{parent}.")]
-    close = get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"it must be one of {', '.join(siblings or list(config))}"
+        config = hydra.compose("config", overrides=choices)
+    for missing in OmegaConf.missing_keys(config):
+        OmegaConf.update(config, missing, None)
+    options = [option for option in (*flatten(config), *config) if option not in NOT_OPTIONS]
+    group = key.partition(".")[0]
+    siblings = [option for option in options if option.startswith(f"{group}.")] if "." in key else list(config)
+    if key in options or not siblings:  # it exists in another job of a sweep; or the choice has no options
+        return f"option {key!r} does not exist for every choice of {group}"
+    leaves = {option.rpartition(".")[2]: option for option in siblings}
+    close = get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    hint = f"did you mean {leaves[close[0]]}?" if close else f"it must be one of {', '.join(siblings)}"
     return f"unknown option {key!r}: {hint}"
 
 

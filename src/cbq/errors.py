@@ -1,4 +1,6 @@
-"""The one exception that means: the user's input was wrong."""
+"""The one exception that means: the user's input was wrong; and the checks that several modules make."""
+
+import math
 
 
 class InputError(ValueError):
@@ -6,3 +8,51 @@ class InputError(ValueError):
 
     `cli.py` prints it without a traceback and exits with code 2. Everything else that is raised is a fault of ours.
     """
+
+
+def check_flag(key: str, value: bool) -> None:
+    """Refuse anything but true and false: a text such as `no` would count as true.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{key} must be true or false, got {value!r}")
+
+
+def check_text(key: str, value: str | None, optional: bool = False) -> None:
+    """Refuse what is no text, or an empty one.
+
+    Raises:
+        InputError: it is not, and not an allowed null either.
+    """
+    if value is None and optional:
+        return
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{key} must be a text{' or null' if optional else ''}, got {value!r}")
+
+
+def check_number(key: str, value: float, least: float = 0) -> None:
+    """Refuse what is no finite number of at least `least`.
+
+    Raises:
+        InputError: it is not.
+
+    Example:
+        >>> check_number("preprocess.lambda1", 1.5)
+        >>> check_number("preprocess.lambda1", float("nan"))
+        Traceback (most recent call last):
+        cbq.errors.InputError: preprocess.lambda1 must be a number of at least 0, got nan
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise InputError(f"{key} must be a number of at least {least}, got {value!r}")
+
+
+def check_seed(key: str, value: int) -> None:
+    """Refuse what does not seed torch and numpy.
+
+    Raises:
+        InputError: it is no integer of 0 to 2^32 - 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise InputError(f"{key} must be an integer of 0 to 2^32 - 1, got {value!r}")

@@ -7,13 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_flag
 from cbq.results import RESULTS_NAME, read_results
 
 CONFIG_NAME = "config.yaml"
 OUTPUTS = (RESULTS_NAME, CONFIG_NAME, "metrics.csv", "checkpoint", "wandb", "state")
-# What may differ between two runs of one experiment.
-NOT_THE_EXPERIMENT = ("overwrite", "tracking", "folder")
+# What may differ between two runs of one experiment; `runner` repeats the other groups.
+NOT_THE_EXPERIMENT = ("overwrite", "tracking", "runner")
 
 
 class RunFolder:
@@ -26,6 +26,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: DictConfig, overwrite: bool = False) -> None:
+        check_flag("overwrite", overwrite)
         self.path = path
         self.config = config
         self.overwrite = overwrite
@@ -36,12 +37,17 @@ class RunFolder:
         Raises:
             InputError: the folder holds an unfinished run, or one of another configuration.
         """
-        results = None if self.overwrite else read_results(self.path)
         way_out = "choose another hydra.run.dir, or overwrite=true to start anew"
+        try:
+            if self.overwrite and (self.path / RESULTS_NAME).is_file():
+                return False
+            results = read_results(self.path)
+            others = [name for name in OUTPUTS if (self.path / name).exists()]
+        except OSError as error:
+            raise InputError(f"hydra.run.dir {self.path} cannot be used: {error.strerror}") from None
+        if results is None and others:  # not ours to remove, whatever `overwrite` says
+            raise InputError(f"{self.path} holds no run of cbq, but {', '.join(others)}: choose another hydra.run.dir")
         if results is None:
-            others = [name for name in OUTPUTS if name != CONFIG_NAME and (self.path / name).exists()]
-            if others and not self.overwrite:
-                raise InputError(f"{self.path} holds no run of cbq, but {', '.join(others)}: {way_out}")
             return False
         if self._stored_experiment() != experiment(self.config):
             raise InputError(f"{self.path} holds a run with a different configuration: {way_out}")
@@ -58,7 +64,10 @@ class RunFolder:
 
     def start(self) -> None:
         """Remove what an earlier run left, and write down the configuration."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"hydra.run.dir {self.path} cannot be made: {error.strerror}") from None
         for name in OUTPUTS:
             old = self.path / name
             if old.is_dir() and not old.is_symlink():
@@ -67,15 +76,15 @@ class RunFolder:
                 old.unlink(missing_ok=True)
         OmegaConf.save(self.config, self.path / CONFIG_NAME)
 
-    def withdraw(self) -> None:
-        """Leave nothing behind: remove the folder, and those above it, as far as they are empty."""
-        folder = self.path
-        for _ in range(3):
-            try:
-                folder.rmdir()
-            except OSError:
-                return
-            folder = folder.parent
+
+def withdraw(folder: Path) -> None:
+    """Leave nothing behind: remove a folder, and those above it, as far as they are empty."""
+    for _ in range(3):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
 
 
 def experiment(config: DictConfig) -> dict:

@@ -11,7 +11,7 @@ from torch import nn
 from cbq.checkpoint import fused_linears, save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
-from cbq.errors import InputError
+from cbq.errors import check_seed
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.models.loading import LoadedModel
@@ -68,8 +68,7 @@ class Runner:
         settings: dict,
         seed: int,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise InputError(f"seed must be an integer of 0 to 2^32 - 1, got {seed!r}")
+        check_seed("seed", seed)
         self.load_model = load_model
         self.scheme = scheme
         self.preprocess = preprocess
@@ -114,6 +113,7 @@ class Runner:
             the model on its device, its block linears in the full-precision state; calibration token ids
             (N, T); the windows.
         """
+        self.tracker.check()
         loaded = self.load_model()
         plan = self.windows.plan(len(loaded.blocks))
         vocab_size = loaded.model.config.vocab_size

@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_text
 
 MODES = ("offline", "online", "disabled")
 STEP = "cbq_step"
+FORBIDDEN_IN_PROJECT = "/\\#?%:"
 MAX_TAG_CHARACTERS = 64  # W&B refuses longer ones
 
 
@@ -79,6 +80,9 @@ class Tracker:
     ) -> None:
         if mode not in MODES:
             raise InputError(f"tracking.mode must be one of {', '.join(MODES)}, not {mode!r}")
+        check_text("tracking.project", project)
+        check_text("tracking.entity", entity, optional=True)
+        check_text("tracking.group", group, optional=True)
         self._mode = mode
         self._project = project
         self._entity = entity
@@ -86,6 +90,22 @@ class Tracker:
         self._metrics: MetricsFile | None = None
         self._run: Any = None  # a wandb.Run; the type would import wandb
         self._last_step = -math.inf
+
+    def check(self) -> None:
+        """Refuse what W&B will refuse, before anything is written.
+
+        Raises:
+            InputError: a project name with characters that W&B does not allow, or online without a login.
+        """
+        if self._mode == "disabled":
+            return
+        if any(character in FORBIDDEN_IN_PROJECT for character in self._project):
+            raise InputError(f"tracking.project must not contain any of {FORBIDDEN_IN_PROJECT}, got {self._project!r}")
+        if self._mode == "online":
+            import wandb
+
+            if not wandb.login(prompt=False):
+                raise InputError("tracking.mode=online needs `wandb login`; tracking.mode=offline needs no account")
 
     def start(self, folder: Path, name: str, config: dict, tags: list[str]) -> None:
         """Open `<folder>/metrics.csv` and, unless disabled, a new W&B run below `<folder>/wandb`.

@@ -81,6 +81,16 @@ def test_hopeless_model_has_infinite_perplexity(model: LlamaForCausalLM) -> None
     assert evaluation.perplexity(model) == {"text": math.inf}
 
 
+def test_one_token_that_is_not_a_number_spoils_the_mean(model: LlamaForCausalLM) -> None:
+    """A partly broken model must not look good by what it leaves out."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    segments = torch.full((4, 8), 3)
+    assert mean_token_nll(model, segments, batch_size=2).isfinite()
+    segments[2, 5] = 7
+    assert mean_token_nll(model, segments, batch_size=2).isnan()
+
+
 def test_parameters_can_still_be_trained(model: LlamaForCausalLM) -> None:
     ids = torch.arange(16).view(1, 16)
     mean_token_nll(model, ids, 1)

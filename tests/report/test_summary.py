@@ -11,6 +11,7 @@ RESULTS = {
     "model": "pico",
     "scheme": "W2A16",
     "method": "cbq",
+    "windows": [{"changed_integers": 0.0}, {"changed_integers": 0.2}],
     "perplexity": {
         "embedded": {"full_precision": 5.0, "rtn": 9.0, "quantized": 6.0},
         "wikitext2": {"full_precision": 5.678, "rtn": 12345.6, "quantized": 7.125},
@@ -51,6 +52,10 @@ def test_table(tmp_path):
     assert cells(output, "no gap") == ["no gap", "5.00", "5.00", "5.00", "-"]
 
 
+def test_nothing_learned_is_not_called_the_method(tmp_path):
+    assert cells(show(tmp_path, RESULTS | {"windows": [{"changed_integers": 0.0}]}), "corpus")[3] == "quantized"
+
+
 def test_the_method_names_the_column(tmp_path):
     assert cells(show(tmp_path, RESULTS | {"method": "gptq"}), "corpus")[3] == "GPTQ"
 
@@ -71,8 +76,8 @@ def test_cost(tmp_path):
 def test_paths_are_whole_and_only_those_that_exist(tmp_path):
     folder = tmp_path / ("a long name with spaces [1] " * 4).strip()
     (folder / "checkpoint").mkdir(parents=True)
-    (folder / "results.json").touch()
-    (folder / "metrics.csv").touch()
+    (folder / "results.json").write_text("{}")
+    (folder / "metrics.csv").write_text("cbq_step")
     written = [
         f"Checkpoint {folder}/checkpoint",
         f"Results    {folder}/results.json",

@@ -6,7 +6,7 @@ from typing import Any
 from torch import LongTensor
 
 from cbq.data.corpora import C4, Corpus, Embedded, TextFile, Tokenizer, WikiText2, check_count
-from cbq.errors import InputError
+from cbq.errors import InputError, check_text
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def calibrate_on_embedded(num_segments: int, segment_tokens: int) -> Calibration
 
 def calibrate_on_text(path: str, num_segments: int, segment_tokens: int) -> Calibration:
     """Return the calibration on a local text file."""
+    check_text("calibration.path", path)
     return Calibration(TextFile(path), num_segments, segment_tokens)
 
 

@@ -14,7 +14,7 @@ import datasets
 import torch
 from torch import LongTensor
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_text
 from cbq.hub import fetch_file
 
 Split = Literal["calibration", "test"]
@@ -268,6 +268,7 @@ def _read_text(path: Path) -> str:
 
 def _find_file(repo_id: str, filename: str, data_dir: str | None) -> Path:
     """Return the local path of a dataset's file: in the local folder if one is given, else in the hub cache."""
+    check_text("data_dir", data_dir, optional=True)
     if data_dir is None:
         return fetch_file(repo_id, filename)
     folder = Path(data_dir).expanduser()

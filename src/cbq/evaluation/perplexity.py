@@ -3,6 +3,7 @@
 Shapes: N segments, B batch, T tokens, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from cbq.data.calibration import check_segment_tokens, check_token_ids
 from cbq.data.corpora import CORPORA, Corpus, TextFile, Tokenizer, check_count
-from cbq.errors import InputError
+from cbq.errors import InputError, check_text
 
 
 class PerplexityEvaluation:
@@ -39,8 +40,12 @@ class PerplexityEvaluation:
             InputError: an unknown corpus, or a `batch_size` below 1.
         """
         check_count("evaluation.batch_size", batch_size)
+        check_text("evaluation.text_path", text_path, optional=True)
+        check_text("evaluation.data_dir", data_dir, optional=True)
         corpora = [corpora] if isinstance(corpora, str) else corpora  # evaluation.corpora=c4 means what it seems to
-        unknown = [name for name in corpora if name not in CORPORA]
+        if not isinstance(corpora, Sequence):
+            raise InputError(f"evaluation.corpora must be a list of {', '.join(CORPORA)}, got {corpora!r}")
+        unknown = [name for name in corpora if not isinstance(name, str) or name not in CORPORA]
         if unknown:
             raise InputError(f"evaluation.corpora has unknown names {unknown}; known: {', '.join(CORPORA)}")
         chosen: list[Corpus] = [CORPORA[name](data_dir) for name in corpora]
@@ -113,7 +118,7 @@ def mean_token_nll(model: nn.Module, segments: LongTensor, batch_size: int) -> t
         A float64 scalar.
     """
     # float64, because a float32 sum over 10^5 tokens would depend on how they are batched.
-    mean = MeanMetric().set_dtype(torch.float64)
+    mean = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)  # by default it would drop what is not a number
     device = next(model.parameters()).device
     for batch in segments.split(batch_size):
         batch = batch.to(device)

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_flag, check_text
 from cbq.hub import fetch_snapshot, first_line
 from cbq.models.families import find_family, get_blocks, supported_types
 
@@ -102,8 +102,10 @@ def load_pretrained(
         InputError: no such folder; not on the hub, or no way to ask; a file is missing or corrupt; the architecture
             is not supported; parameters or token ids do not fit the configuration; an unknown dtype.
     """
+    check_text("model.path", path)
+    check_flag("model.trust_remote_code", trust_remote_code)
     folder = Path(path).expanduser()
-    if path and folder.is_dir():
+    if folder.is_dir():
         return _load_folder(folder, name or folder.resolve().name, dtype, trust_remote_code, prompt)
     if _looks_local(path):
         raise InputError(f"model path {path!r} is not a folder; give a folder or a hub id such as huggyllama/llama-7b")
@@ -144,6 +146,7 @@ def _find_defect(folder: Path) -> str | None:
 
 def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, prompt: str) -> LoadedModel:
     """Load a model and its tokenizer from a folder, and refuse what does not fit together."""
+    check_text("model.prompt", prompt)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if defect := _find_defect(folder):

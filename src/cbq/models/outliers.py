@@ -8,7 +8,7 @@ Shapes: T tokens, I in_features, C channels.
 import torch
 from torch import nn
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_number, check_seed
 from cbq.models.equivalent import producer_maxima, scale_channels_
 from cbq.models.families import find_family, head_dim
 from cbq.models.loading import LoadedModel, embedded_folder, load_embedded
@@ -41,8 +41,8 @@ def load_with_outliers(
     Raises:
         InputError: there is no such model in the package, the dtype is unknown, or a number is out of range.
     """
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-        raise InputError(f"model.factor must be a number of at least 1, got {factor!r}")
+    check_number("model.factor", factor, least=1)
+    check_seed("model.seed", seed)
     for key, value in {"num_channels": num_channels, "num_spikes": num_spikes}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InputError(f"model.{key} must be an integer of at least 0, got {value!r}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
 from cbq.models.families import ScalingPair, find_family, head_dim
 from cbq.preprocess.outliers import RESERVED, largest_reserved
@@ -81,11 +81,9 @@ class CoarseToFine:
         relative_to: str = "reserved",
     ) -> None:
         for key, value in {"weights": weights, "activations": activations}.items():
-            if not isinstance(value, bool):
-                raise InputError(f"preprocess.{key} must be true or false, got {value!r}")
+            check_flag(f"preprocess.{key}", value)
         for key, value in {"lambda1": lambda1, "lambda2": lambda2}.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise InputError(f"preprocess.{key} must be a number of at least 0, got {value!r}")
+            check_number(f"preprocess.{key}", value)
         for key, value, choices in (
             ("reserved", reserved, RESERVED),
             ("relative_to", relative_to, CHANNEL_SCALES),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_flag
 
 FULL_PRECISION_BITS = 16
 ACT_GRANULARITIES = ("token", "tensor")
@@ -62,8 +62,7 @@ class QuantScheme:
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"quant.group_size must be -1 (per channel) or at least 1, got {self.group_size}")
         for name in ("symmetric", "act_symmetric"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"quant.{name} must be true or false, got {getattr(self, name)!r}")
+            check_flag(f"quant.{name}", getattr(self, name))
         if self.act_granularity not in ACT_GRANULARITIES:
             raise InputError(
                 f"quant.act_granularity must be one of {', '.join(ACT_GRANULARITIES)}, got {self.act_granularity!r}"
@@ -76,6 +75,8 @@ class QuantScheme:
                 raise InputError(
                     f"quant.act_denominator must be {half - 1} or {half - 0.5}, got {self.act_denominator}"
                 )
+        if isinstance(self.overrides, str | Mapping) or not isinstance(self.overrides, Sequence):
+            raise InputError(f"quant.overrides must be a list: [{{linears: <pattern>, ...}}], got {self.overrides!r}")
         for override in self.overrides:
             self._with(override)
 
@@ -88,7 +89,9 @@ class QuantScheme:
             )
         unknown = sorted(set(override) - {"linears", *allowed})
         if unknown:
-            raise InputError(f"quant.overrides may set {', '.join(allowed)}, got {', '.join(unknown)}")
+            raise InputError(f"quant.overrides may set {', '.join(allowed)}, got {', '.join(map(str, unknown))}")
+        if len(override) == 1:
+            raise InputError(f"quant.overrides: {override['linears']!r} sets nothing; it may set {', '.join(allowed)}")
         try:
             re.compile(override["linears"])
         except re.error as error:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbq.activations import ActivationCache, autocast
-from cbq.errors import InputError
+from cbq.errors import InputError, check_flag, check_number
 from cbq.quant.linear import LinearState, QuantLinear, linear_state, quant_linears
 from cbq.quant.rounding import Rounding
 from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
@@ -122,8 +122,8 @@ class Reconstruction:
             "reconstruction.learning_rates.act_scale": learning_rates.act_scale,
             "rounding.learning_rate": rounding(1, 1).learning_rate,  # a wrong option speaks up before any work
         }.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise InputError(f"{key} must be a number of at least 0, got {value!r}")
+            check_number(key, value)
+        check_flag("reconstruction.restart", restart)
         self.loss = loss
         self.rounding = rounding
         self.learning_rates = learning_rates

@@ -145,6 +145,8 @@ class WindowProgress(L.Callback):
     def _time_left(self) -> str:
         """Extend the pace so far, with the work between the windows, over the steps to come."""
         done, total = self._steps_done(), sum(self._steps_per_window)
+        if not total:
+            done, total = self._num_finished, len(self._steps_per_window)
         if not done:
             return "-"
         return format_duration((time.monotonic() - self._start_time) * max(0, total - done) / done)

@@ -58,14 +58,16 @@ def print_summary(console: Console, results: dict, texts: dict[str, str], folder
     _print_line(console, "Cost", _cost(results["cost"]))
     written = {"Checkpoint": "checkpoint", "Results": "results.json", "Curves": "metrics.csv", "W&B": "wandb"}
     for label, name in written.items():
-        if (folder / name).exists():
+        if (folder / name).exists() and (folder / name).stat().st_size:
             _print_line(console, label, str(folder / name))
 
 
 def _perplexity_table(results: dict) -> Table:
     table = Table(title=Text(f"Perplexity of {results['model']}, {results['scheme']}"), box=box.SIMPLE_HEAD)
     table.add_column("corpus", overflow="fold")
-    for heading in ("full precision", "round-to-nearest", results["method"].upper(), "gap closed"):
+    learned = any(window["changed_integers"] for window in results["windows"])
+    heading_of_method = results["method"].upper() if learned else "quantized"
+    for heading in ("full precision", "round-to-nearest", heading_of_method, "gap closed"):
         table.add_column(Text(heading), justify="right", no_wrap=True)
     for corpus, row in results["perplexity"].items():
         values = (row["full_precision"], row["rtn"], row["quantized"])
