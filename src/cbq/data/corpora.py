@@ -4,6 +4,7 @@ Shapes: N segments, T tokens.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,14 +44,14 @@ class Corpus(Protocol):
         ...
 
 
-class RunningText:
+class RunningText(ABC):
     """A corpus that is one long text a part: subclasses say its `name` and give the `text`."""
 
     name: str
 
+    @abstractmethod
     def text(self, split: Split) -> str:
         """Return the whole text of a part."""
-        raise NotImplementedError
 
     def random_segments(self, tokenizer: Tokenizer, num_segments: int, segment_tokens: int, seed: int) -> LongTensor:
         """Return segments at random offsets in the token stream of the calibration part.
