@@ -235,7 +235,7 @@ def test_interrupted_download_is_not_taken_for_the_model(
         load_pretrained("huggyllama/llama-7b")
 
 
-LOCAL_PATHS = ["/no/such/folder", "./absent", "../absent", "~/absent-folder", "a/b/c", "", "existing/absent"]
+LOCAL_PATHS = ["/no/such/folder", "./absent", "../absent", "~/absent-folder", "a/b/c", "existing/absent"]
 
 
 @pytest.mark.parametrize("path", LOCAL_PATHS)
@@ -247,6 +247,12 @@ def test_local_path_that_is_no_folder_never_asks_the_hub(
     with pytest.raises(InputError, match=f"'{path}' is not a folder"):
         load_pretrained(path)
     assert no_network == []
+
+
+@pytest.mark.parametrize("path", ["", None, 5], ids=repr)
+def test_a_path_is_a_text(path: object) -> None:
+    with pytest.raises(InputError, match=r"model\.path must be a text"):
+        load_pretrained(path)
 
 
 def test_file_instead_of_a_folder(tiny_llama_folder: Path) -> None:

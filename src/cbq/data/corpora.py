@@ -4,8 +4,8 @@ Shapes: N segments, T tokens.
 """
 
 import hashlib
-from abc import ABC, abstractmethod
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
