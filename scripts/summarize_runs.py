@@ -43,10 +43,11 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--by", nargs="+", default=["model", "quant", "preprocess", "rounding", "reconstruction"])
     args = parser.parse_args()
+    runs = read_runs(args.folders, args.by)
     columns = [*args.by, "seeds", "full precision", "round-to-nearest", "quantized", "changed integers", "guard"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    for key, group in sorted(read_runs(args.folders, args.by).items()):
+    for key, group in sorted(runs.items()):
         corpus = next(iter(group[0]["perplexity"]))
         values = {
             state: [run["perplexity"][corpus][state] for run in group] for state in group[0]["perplexity"][corpus]
