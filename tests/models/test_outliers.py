@@ -18,13 +18,13 @@ def logits() -> torch.Tensor:
 
 
 def test_a_power_of_two_leaves_the_logits_as_they_were(logits) -> None:
-    loaded = load_with_outliers()
+    loaded = load_with_outliers(factor=32.0)
     assert loaded.name == "pico_outliers"
     assert torch.equal(loaded.model(IDS).logits, logits)
 
 
 def test_another_factor_leaves_them_within_float_error(logits) -> None:
-    torch.testing.assert_close(load_with_outliers(factor=30.0).model(IDS).logits, logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(load_with_outliers().model(IDS).logits, logits, rtol=1e-3, atol=1e-3)
 
 
 def down_inputs(loaded) -> torch.Tensor:
@@ -39,9 +39,9 @@ def down_inputs(loaded) -> torch.Tensor:
 
 def test_outliers_of_every_token_and_of_few_tokens() -> None:
     plain, everywhere = down_inputs(load_embedded()), down_inputs(load_with_outliers(num_spikes=0))
-    assert len((everywhere.amax(0) > 30 * plain.amax(0)).nonzero()) == 1
+    assert len((everywhere.amax(0) > 19 * plain.amax(0)).nonzero()) == 1
     spiky = down_inputs(load_with_outliers(num_channels=0))
-    (spike,) = (spiky.amax(0) > 30 * plain.amax(0)).nonzero().flatten()
+    (spike,) = (spiky.amax(0) > 19 * plain.amax(0)).nonzero().flatten()
     # Rarely large: half of the tokens lie far below the largest, and much further than those of a usual channel.
     quiet = spiky.amax(0) / spiky.median(0).values
     assert quiet[spike] > 5 * quiet.median()

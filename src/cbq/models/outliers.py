@@ -20,7 +20,7 @@ def load_with_outliers(
     name: str = "pico",
     dtype: str = "auto",
     prompt: str = "    def __init__(self",
-    factor: float = 32.0,
+    factor: float = 20.0,
     num_channels: int = 1,
     num_spikes: int = 1,
     seed: int = 0,
@@ -31,7 +31,7 @@ def load_with_outliers(
         name: the model's folder in the package.
         dtype: as in `load_pretrained`.
         prompt: the start of the sample texts.
-        factor: how many times larger the channels get. A power of 2 leaves every bit of the logits as it was.
+        factor: how many times larger the channels get. A power of 2 would leave every bit of the logits as it was.
         num_channels: channels that become large for every token, of each norm, of the values and of the down
             projection's input.
         num_spikes: further such channels that are large for a few tokens only: those whose largest value exceeds

@@ -12,7 +12,7 @@ ACT_GRANULARITIES = ("token", "tensor")
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """Bits, granularity and symmetry of the weights and activations of every linear in a block.
+    r"""Bits, granularity and symmetry of the weights and activations of every linear in a block.
 
     Args:
         weight_bits: 2 to 8, or 16 (not quantized).
