@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from transformers import AutoModelForCausalLM
 from cbq.checkpoint import QUANTIZED_FILE, fused_linears, load_checkpoint, save_checkpoint
 from cbq.errors import InputError
 from cbq.models.loading import LoadedModel, load_pretrained
-from cbq.quant.linear import LinearState, fuse_linears_, quant_linears, quantize_linears_
+from cbq.quant.linear import fuse_linears_, quant_linears
+from cbq.quant.quantizer import act_quantizers
 from cbq.quant.rounding import DenseSTE
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quantized_modules
+from cbq.quantized import make_quantizable_
 
 SCHEMES = [
     QuantScheme(2, 16, group_size=16),
@@ -23,6 +27,7 @@ SCHEMES = [
     QuantScheme(8, 6, symmetric=True, act_symmetric=True, act_denominator=31),
     QuantScheme(16, 8),
     QuantScheme(4, 5, act_granularity="tensor"),
+    QuantScheme(4, 16, act_symmetric=True, qkv_bits=4),
 ]
 TOKENS = torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -30,16 +35,18 @@ TOKENS = torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(0))
 def finish(folder: Path, scheme: QuantScheme, dtype: str = "float32") -> LoadedModel:
     """Return the model of `folder`, finished with something learned everywhere: offsets and both step sizes."""
     loaded = load_pretrained(str(folder), dtype=dtype)
-    quantize_linears_(loaded.blocks, scheme)
+    make_quantizable_(loaded.model, loaded.blocks, scheme)
     torch.manual_seed(0)
+    for module in quantized_modules(loaded.blocks):
+        module.state = QuantState.LEARNED
+    for quantizer in act_quantizers(loaded.blocks):
+        torch.nn.init.uniform_(quantizer.range_multiplier, 0.7, 1.1)
     for linear in quant_linears(loaded.blocks):
-        linear.state = LinearState.LEARNED
         if linear.weight_quantizer:
             linear.rounding = DenseSTE(linear.out_features, linear.in_features, learning_rate=0.1)
             torch.nn.init.normal_(linear.rounding.offset_values)
             torch.nn.init.uniform_(linear.weight_quantizer.scale_multiplier, 0.9, 1.1)
         if linear.act_quantizer:
-            torch.nn.init.uniform_(linear.act_quantizer.range_multiplier, 0.9, 1.1)
             for number, buffer in enumerate(linear.act_quantizer.buffers()):  # static: a scale and a zero point
                 buffer.fill_([0.1, 15.0][number])
     fuse_linears_(loaded.blocks)
@@ -89,7 +96,9 @@ def test_plain_transformers_loads_the_weights(saved):
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info.values()), "every name and shape is the plain model's"
     assert model.dtype == torch.float32
-    assert torch.equal(logits(model.eval()), logits(loaded.model)) == (not scheme.quantizes_activations)
+    assert torch.equal(logits(model.eval()), logits(loaded.model)) == (
+        not (scheme.quantizes_activations or scheme.quantizes_qkv)
+    )
     for name, linear in fused_linears(loaded.model):
         assert torch.equal(model.get_submodule(name).weight, linear.weight)
 
@@ -114,12 +123,15 @@ def test_quantized_file_is_as_documented(saved):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     linears = json.loads(metadata["linears"])
     assert len(linears) == 4 * 7
-    assert all(QuantScheme(**options) == scheme for options in linears.values())
+    assert all(QuantScheme(**options) == replace(scheme, qkv_bits=16) for options in linears.values())
+    attentions = json.loads(metadata["attentions"])
+    assert len(attentions) == 4 * scheme.quantizes_qkv
     assert metadata["format_version"] == "1"
     parts = ["integers", "weight_scale", "zero_point"] * scheme.quantizes_weights
     parts += ["act_multiplier"] * scheme.quantizes_activations
     parts += ["act_initial_scale", "act_zero_point"] * (scheme.act_granularity == "tensor")
-    assert set(tensors) == {f"{linear}.{part}" for linear in linears for part in parts}
+    multipliers = {f"{name}.{part}.range_multiplier" for name in attentions for part in ("query", "key", "value")}
+    assert set(tensors) == {f"{linear}.{part}" for linear in linears for part in parts} | multipliers
     for linear in linears:
         weight = weights[f"{linear}.weight"]
         if scheme.quantizes_activations:
@@ -138,6 +150,21 @@ def test_quantized_file_is_as_documented(saved):
             group = column // (columns // groups)
             steps = integers[row, column].item() - zero_point[row, group].item()
             assert weight[row, column].item() == pytest.approx(steps * scale[row, group].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["key.range_multiplier", "attentions"])
+def test_damaged_attention(tiny_llama_folder, tmp_path, damage):
+    loaded = finish(tiny_llama_folder, QuantScheme(4, 4, qkv_bits=4))
+    save_checkpoint(loaded.model, loaded.tokenizer, tmp_path)
+
+    def change(tensors, metadata):
+        tensors.pop(f"model.layers.0.self_attn.{damage}", None)
+        metadata.pop(damage, None)
+        return metadata
+
+    rewrite(tmp_path, change)
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        load_checkpoint(tmp_path)
 
 
 def test_linears_of_different_schemes(tiny_llama_folder, tmp_path):

@@ -11,9 +11,9 @@ from cbq.models.loading import PreTrainedModel
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import set_act_ranges_
-from cbq.quant.linear import quantize_linears_
 from cbq.quant.rounding import LoRARounding, Rounding
 from cbq.quant.scheme import QuantScheme
+from cbq.quantized import make_quantizable_
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates
@@ -44,7 +44,7 @@ def quantize(
         model: of a supported family, in full precision, on the device to work on. It is changed, and put into
             evaluation mode without gradients.
         tokens: calibration token ids, (N, T): N segments of T tokens.
-        scheme: a `QuantScheme`, or its label: `w4a4`, `w2a16g128`.
+        scheme: a `QuantScheme`, or its label: `w4a4`, `w2a16g128`, `w4a4-qkv4`.
         window: blocks a window.
         overlap: blocks that a window shares with the one before it; None is min(1, window - 1).
         rounding: a class of `cbq.quant.rounding`, or anything that makes one from out_features and in_features.
@@ -81,7 +81,7 @@ def quantize(
     )
     check_tokens(tokens, model.config.vocab_size)
     L.seed_everything(seed, verbose=False)
-    quantize_linears_(blocks, scheme)
+    make_quantizable_(model, blocks, scheme)
     model.eval().requires_grad_(False)
     (preprocess or NoPreprocessing()).apply_(model, blocks, tokens)
     set_act_ranges_(model, blocks, tokens)

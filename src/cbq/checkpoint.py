@@ -2,9 +2,10 @@
 
 `<folder>/` loads in plain transformers, weights only. `<folder>/cbq/quantized.safetensors` holds, for each quantized
 linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32, `X.zero_point` (O, G) uint8 and
-`X.act_multiplier` () float32, with static activations `X.act_initial_scale` () and `X.act_zero_point` () too; its
-metadata hold the scheme of each linear. The sub-folder keeps it out of sight of engines that read every safetensors
-file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
+`X.act_multiplier` () float32, with static activations `X.act_initial_scale` () and `X.act_zero_point` () too; for each
+attention `Y` with quantized queries, keys and values `Y.query.range_multiplier`, `Y.key...` and `Y.value...` (); its
+metadata hold the scheme of each. The sub-folder keeps it out of sight of engines that read every safetensors file of a
+folder. A linear's weight is (integers - zero_point) * weight_scale.
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cbq.errors import InputError
+from cbq.models.attention import hook_attention_
 from cbq.models.loading import (
     LoadedModel,
     PreTrainedModel,
@@ -26,9 +28,11 @@ from cbq.models.loading import (
     load_pretrained,
     quiet_transformers,
 )
+from cbq.quant.attention import QKVQuantizer
 from cbq.quant.linear import FusedLinear, make_act_quantizer
 from cbq.quant.quantizer import ActQuantizer
-from cbq.quant.scheme import QuantScheme
+from cbq.quant.scheme import MODEL_WIDE, QuantScheme
+from cbq.quant.state import QuantState
 
 QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
@@ -45,7 +49,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     folder = Path(folder)
     tensors, schemes = {}, {}
     for name, linear in fused_linears(model):
-        schemes[name] = {key: value for key, value in asdict(linear.scheme).items() if key != "overrides"}
+        schemes[name] = {key: value for key, value in asdict(linear.scheme).items() if key not in MODEL_WIDE}
         if linear.integers is not None:
             tensors[f"{name}.integers"] = linear.integers
             tensors[f"{name}.weight_scale"] = linear.weight_scale
@@ -53,11 +57,15 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         if linear.act_quantizer is not None:
             tensors[f"{name}.act_multiplier"] = linear.act_quantizer.range_multiplier.detach()
             tensors |= {f"{name}.act_{part}": buffer for part, buffer in linear.act_quantizer.named_buffers()}
+    attentions = {}
+    for name, quantizer in qkv_quantizers(model):
+        attentions[name] = {key: getattr(quantizer, key) for key in ("bits", "symmetric", "denominator")}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in quantizer.state_dict().items()}
     inside = tuple(f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point"))
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(inside) and ".act_quantizer." not in name
+        if not name.startswith(inside) and ".act_quantizer." not in name and ".qkv_quantizer." not in name
     }
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
@@ -67,6 +75,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     metadata = {
         "format_version": FORMAT_VERSION,
         "linears": json.dumps(schemes),
+        "attentions": json.dumps(attentions),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file, metadata)
@@ -96,6 +105,7 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         if metadata["format_version"] != FORMAT_VERSION:
             raise InputError(f"{file} has format {metadata['format_version']}; this cbq reads {FORMAT_VERSION}")
+        attentions = json.loads(metadata["attentions"])
         schemes = {name: QuantScheme(**options) for name, options in json.loads(metadata["linears"]).items()}
         dtype = metadata["dtype"]
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -105,6 +115,13 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
         try:
             loaded.model.set_submodule(name, load_linear(loaded.model.get_submodule(name), scheme, name, tensors))
         except (KeyError, AttributeError, RuntimeError) as error:
+            raise InputError(f"damaged checkpoint, {file} does not fit {name}: {error}") from None
+    if attentions:
+        hook_attention_(loaded.model)
+    for name, options in attentions.items():
+        try:
+            load_qkv_quantizer_(loaded.model.get_submodule(name), options, name, tensors)
+        except (KeyError, AttributeError, TypeError) as error:
             raise InputError(f"damaged checkpoint, {file} does not fit {name}: {error}") from None
     return loaded
 
@@ -130,6 +147,24 @@ def load_act_quantizer(scheme: QuantScheme, name: str, tensors: dict[str, torch.
     for part, buffer in quantizer.named_buffers():
         buffer.copy_(tensors[f"{name}.act_{part}"])
     return quantizer
+
+
+def load_qkv_quantizer_(attention: nn.Module, options: dict, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an attention module its stored `qkv_quantizer`; a KeyError if a tensor is missing."""
+    quantizer = QKVQuantizer(**options)
+    for part, multiplier in quantizer.named_parameters():
+        multiplier.copy_(tensors[f"{name}.{part}"])
+    quantizer.state = QuantState.LEARNED
+    attention.qkv_quantizer = quantizer.to(next(attention.parameters()).device)
+
+
+def qkv_quantizers(model: nn.Module) -> list[tuple[str, QKVQuantizer]]:
+    """Return every quantizer of queries, keys and values with the qualified name of its attention module."""
+    return [
+        (name.removesuffix(".qkv_quantizer"), module)
+        for name, module in model.named_modules()
+        if isinstance(module, QKVQuantizer)
+    ]
 
 
 def fused_linears(model: nn.Module) -> list[tuple[str, FusedLinear]]:

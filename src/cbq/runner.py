@@ -17,8 +17,9 @@ from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import set_act_ranges_
-from cbq.quant.linear import LinearState, linear_state, quantize_linears_
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quant_state
+from cbq.quantized import make_quantizable_
 from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
@@ -94,7 +95,7 @@ class Runner:
         perplexity = {"full_precision": self.evaluate(loaded, "full precision")}
         texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         set_act_ranges_(loaded.model, loaded.blocks, segments)
-        with linear_state(loaded.model, LinearState.NEAREST):
+        with quant_state(loaded.model, QuantState.NEAREST):
             perplexity["rtn"] = self.evaluate(loaded, "round-to-nearest")
         self.preprocess.apply_(loaded.model, loaded.blocks, segments)
         set_act_ranges_(loaded.model, loaded.blocks, segments)
@@ -119,7 +120,7 @@ class Runner:
         vocab_size = loaded.model.config.vocab_size
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
         self.evaluation.prepare(loaded.tokenizer, vocab_size, loaded.context)
-        quantize_linears_(loaded.blocks, self.scheme)
+        make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         loaded.model.to(self.device)
         self.results = {
             "status": "running",

@@ -6,8 +6,9 @@ import torch
 from cbq.errors import InputError
 from cbq.models.loading import load_embedded
 from cbq.models.outliers import load_with_outliers
-from cbq.quant.linear import LinearState, linear_state, quantize_linears_
+from cbq.quant.linear import quantize_linears_
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quant_state
 
 IDS = torch.randint(4096, (2, 64), generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +54,7 @@ def test_round_to_nearest_breaks_it(logits, seed: int) -> None:
     distance = {}
     for name, loaded in (("plain", load_embedded()), ("outliers", load_with_outliers(seed=seed))):
         quantize_linears_(loaded.blocks, QuantScheme(4, 4))
-        with linear_state(loaded.model, LinearState.NEAREST):
+        with quant_state(loaded.model, QuantState.NEAREST):
             probabilities = loaded.model(IDS).logits.log_softmax(-1)
         distance[name] = torch.nn.functional.kl_div(
             probabilities, logits.log_softmax(-1), log_target=True, reduction="batchmean"

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from cbq.models.families import get_blocks
 from cbq.preprocess.statistics import input_ranges, set_act_ranges_
-from cbq.quant.linear import LinearState, linear_state, quant_linears, quantize_linears_
+from cbq.quant.linear import quant_linears, quantize_linears_
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quant_state
 
 
 def test_ranges_equal_those_of_the_plain_forward(tiny_llama_folder: Path) -> None:
@@ -59,5 +60,5 @@ def test_static_ranges_cover_the_calibration_data(tiny_llama_folder: Path) -> No
         off = (linear.act_quantizer.nearest(x) - expected).abs()
         assert (off > 1e-4 * scale).float().mean() < 1e-3, "but for ties"
         assert off.max() < 1.01 * scale
-    with linear_state(model, LinearState.NEAREST):
+    with quant_state(model, QuantState.NEAREST):
         assert model(segments).logits.isfinite().all()

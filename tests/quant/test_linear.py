@@ -8,16 +8,15 @@ from torch import nn
 from cbq.errors import InputError
 from cbq.quant.linear import (
     FusedLinear,
-    LinearState,
     QuantLinear,
     fuse,
     fuse_linears_,
-    linear_state,
     quant_linears,
     quantize_linears_,
 )
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, LoRASTE, Nearest
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quant_state
 
 SCHEMES = [
     QuantScheme(2, 16, group_size=8),
@@ -48,7 +47,7 @@ def learn_something_(linear: QuantLinear, kind: type = DenseSTE) -> None:
                 parameter.normal_()
     linear.rounding.harden_()
     linear.requires_grad_(False)
-    linear.state = LinearState.LEARNED
+    linear.state = QuantState.LEARNED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,12 +70,12 @@ def test_weight_and_bias_are_shared_and_frozen():
 def test_nearest_state_is_the_quantizers_and_ignores_what_was_learned(scheme):
     linear, x = make_linear(), torch.randn(3, 16)
     quantized = QuantLinear(linear, scheme)
-    quantized.state = LinearState.NEAREST
+    quantized.state = QuantState.NEAREST
     before = quantized(x)
     assert not torch.equal(before, linear(x))
     learn_something_(quantized)
     assert not torch.equal(quantized(x), before)
-    with linear_state(quantized, LinearState.NEAREST):
+    with quant_state(quantized, QuantState.NEAREST):
         assert torch.equal(quantized(x), before)
 
 
@@ -152,26 +151,26 @@ def test_changed_integers_counts_known_flips():
     assert (quantized.integers() != nearest).nonzero().tolist() == [[0, 3], [4, 8], [4, 9]]
 
 
-def test_linear_state_comes_back():
+def test_quant_state_comes_back():
     """After an exception too, and to each linear's own state."""
     module = nn.Sequential(make_linear(), nn.Sequential(make_linear()))
     quantize_linears_(nn.ModuleList([module]), QuantScheme(4, 16))
     assert quant_linears(module) == [module[0], module[1][0]]
     first, second = quant_linears([module[0], module[1]])
-    first.state, second.state = LinearState.LEARNED, LinearState.FULL_PRECISION
+    first.state, second.state = QuantState.LEARNED, QuantState.FULL_PRECISION
 
     def fail_inside() -> None:
-        with linear_state(module, LinearState.NEAREST):
-            assert first.state is second.state is LinearState.NEAREST
-            with linear_state([module[1]], LinearState.LEARNED):
-                assert second.state is LinearState.LEARNED
-            assert second.state is LinearState.NEAREST
+        with quant_state(module, QuantState.NEAREST):
+            assert first.state is second.state is QuantState.NEAREST
+            with quant_state([module[1]], QuantState.LEARNED):
+                assert second.state is QuantState.LEARNED
+            assert second.state is QuantState.NEAREST
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail_inside()
-    assert first.state is LinearState.LEARNED
-    assert second.state is LinearState.FULL_PRECISION
+    assert first.state is QuantState.LEARNED
+    assert second.state is QuantState.FULL_PRECISION
 
 
 class Mixed(nn.Module):
@@ -202,7 +201,7 @@ def test_only_linears_are_replaced():
     assert [(linear.out_features, linear.in_features) for linear in quant_linears(module)] == [(16, 16), (6, 16)]
 
     for linear in quant_linears(module):
-        linear.state = LinearState.LEARNED
+        linear.state = QuantState.LEARNED
     quantized = module(tokens)
     fuse_linears_(module)
     assert [name for name, child in module.named_modules() if isinstance(child, FusedLinear)] == places
@@ -238,6 +237,6 @@ def test_an_override_that_matches_nothing_is_a_mistake(pattern):
 def test_learned_state_passes_gradients_to_the_input():
     linear, x = make_linear(), torch.randn(3, 16, requires_grad=True)
     quantized = QuantLinear(linear, QuantScheme(8, 16))
-    quantized.state = LinearState.LEARNED
+    quantized.state = QuantState.LEARNED
     quantized(x).sum().backward()
     torch.testing.assert_close(x.grad, F.linear(torch.ones(3, 6), linear.weight.T), atol=0.05, rtol=0.05)

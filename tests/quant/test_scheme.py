@@ -15,6 +15,7 @@ from cbq.quant.scheme import QuantScheme
         ({"weight_bits": 2, "act_bits": 16}, "W2A16"),
         ({"weight_bits": 2, "act_bits": 16, "group_size": 64}, "W2A16g64"),
         ({"weight_bits": 16, "act_bits": 8, "act_symmetric": True}, "W16A8"),
+        ({"weight_bits": 4, "act_bits": 8, "group_size": 32, "qkv_bits": 6}, "W4A8g32-qkv6"),
         ({"weight_bits": 3, "act_bits": 5, "group_size": 1, "symmetric": True}, "W3A5g1"),
     ],
 )
@@ -30,7 +31,7 @@ def test_what_is_quantized(bits):
     assert not activations.quantizes_weights
 
 
-@pytest.mark.parametrize("key", ["weight_bits", "act_bits"])
+@pytest.mark.parametrize("key", ["weight_bits", "act_bits", "qkv_bits"])
 @pytest.mark.parametrize("value", [-4, 0, 1, 9, 15, 17, 32, True, "4", None, 4.5, 4.0, float("nan"), [4]], ids=repr)
 def test_bits_out_of_range(key, value):
     with pytest.raises(InputError, match=rf"quant\.{key} "):

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbq.activations import ActivationCache
-from cbq.quant.linear import fuse_linears_, quantize_linears_
+from cbq.quant.linear import fuse_linears_
 from cbq.quant.rounding import DenseSTE, Nearest
 from cbq.quant.scheme import QuantScheme
+from cbq.quantized import make_quantizable_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates
 from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
@@ -79,7 +80,7 @@ def make_setup(tiny_llama: PreTrainedModel, segments: torch.Tensor) -> Callable[
     def make(scheme: QuantScheme) -> Setup:
         torch.manual_seed(SEED)  # the start of A1
         model = copy.deepcopy(tiny_llama)
-        quantize_linears_(model.model.layers, scheme)
+        make_quantizable_(model, model.model.layers, scheme)
         return Setup(model, ActivationCache(model, model.model.layers, segments), segments)
 
     return make

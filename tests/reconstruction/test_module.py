@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cbq.quant.linear import LinearState, quant_linears
+from cbq.quant.linear import quant_linears
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRASTE, Nearest
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.windows import SlidingWindows, Window
@@ -24,7 +25,7 @@ RATES = LearningRates()
 def make_module(setup, kind=DenseSTE, window=WINDOW, rates=RATES, compensation_weight=1.0, **options) -> WindowModule:
     """A window over blocks 1 and 2 whose linears are in the learned state."""
     for linear in quant_linears(list(setup.blocks[window.start : window.stop])):
-        linear.state = LinearState.LEARNED
+        linear.state = QuantState.LEARNED
         if linear.weight_quantizer is not None and kind is not Nearest:
             linear.rounding = kind(linear.out_features, linear.in_features, learning_rate=0.01)
     return WindowModule(window, setup.cache, ReconstructionLoss(), compensation_weight, rates, **options)
@@ -86,7 +87,7 @@ def test_forward_is_the_windows_blocks(make_setup, tiny_llama, segments):
     setup = make_setup(QuantScheme(4, 4))
     module = make_module(setup)
     for linear in quant_linears(setup.model):
-        linear.state = LinearState.FULL_PRECISION
+        linear.state = QuantState.FULL_PRECISION
     states = tiny_llama(segments, output_hidden_states=True).hidden_states
     torch.testing.assert_close(module(states[1]), states[3], rtol=1e-5, atol=1e-5)
 
@@ -106,7 +107,7 @@ def test_total_loss(make_setup, beta):
     distances = (output - target).norm(dim=-1).mean().item()
     divergences = torch.nn.KLDivLoss(reduction="none")(output.log_softmax(-1), target.softmax(-1)).sum(-1).mean().item()
     means = []
-    for linear in module.linears:
+    for linear in quant_linears(list(module.blocks)):
         steps = (linear.weight / linear.weight_quantizer.initial_scale.squeeze(-1)).numpy().astype(np.float64)
         means.append(0.0 if beta is None else (1 - np.abs(2 * (steps - np.floor(steps)) - 1) ** beta).mean())
     assert len(means) == 14

@@ -9,9 +9,10 @@ import torch
 
 from cbq.activations import ActivationCache
 from cbq.errors import InputError
-from cbq.quant.linear import FusedLinear, LinearState, linear_state, quant_linears
+from cbq.quant.linear import FusedLinear, quant_linears
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, LoRASTE, Nearest
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quant_state
 from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.losses import ReconstructionLoss
@@ -19,6 +20,7 @@ from cbq.reconstruction.solver import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
 
 W2A16, W4A4, W16A4 = QuantScheme(2, 16), QuantScheme(4, 4), QuantScheme(16, 4)
+W4A4_QKV4 = QuantScheme(4, 4, qkv_bits=4)
 MULTIPLIERS = ("scale_multiplier", "range_multiplier")
 PARAMETERS_OF = {
     DenseSTE: {"offset_values"},
@@ -80,6 +82,20 @@ def test_only_declared_parameters_change(solve_two, kind):
     assert not any(parameter.requires_grad for parameter in setup.model.parameters())
 
 
+def test_step_sizes_of_queries_keys_and_values_are_learned(solve_two, run):
+    setup, watcher = solve_two(W4A4_QKV4)
+    suffixes = {f"self_attn.qkv_quantizer.{part}.range_multiplier" for part in ("query", "key", "value")}
+    names = {f"model.layers.{block}.{suffix}" for block in (1, 2) for suffix in suffixes}
+    assert names < watcher.learned[1]
+    after = setup.state()
+    assert all(not torch.equal(watcher.before[1][name], after[name]) for name in names)
+    assert {block.self_attn.qkv_quantizer.state for block in setup.blocks[1:3]} == {QuantState.LEARNED}
+    assert setup.blocks[3].self_attn.qkv_quantizer.state is QuantState.FULL_PRECISION
+    finished, plain = run(W4A4_QKV4), run(W4A4)
+    assert finished.results[0].rec_loss_rtn > plain.results[0].rec_loss_rtn
+    assert all(result.rec_loss_last < result.rec_loss_rtn for result in finished.results)
+
+
 def test_overlap_mode_learns_only_those_blocks_rounding(solve_two):
     """The second window of (2, 1): rounding of block 2, step sizes of 1 and 2."""
     setup, watcher = solve_two(W4A4, rounding_blocks="overlap")
@@ -105,10 +121,10 @@ def test_a_block_in_an_overlap_continues_or_restarts(solve_two, restart):
 def test_soft_roundings_end_hard(solve_two):
     setup, _ = solve_two(W2A16, kind=AdaRound, hard_start=1.0)
     for linear in quant_linears(list(setup.blocks[1:3])):
-        assert linear.state is LinearState.LEARNED
+        assert linear.state is QuantState.LEARNED
         integers = linear.weight_quantizer.integers(linear.weight, linear.rounding, linear.weight_quantizer.scale)
         assert torch.equal(integers, integers.round())
-    assert {linear.state for linear in quant_linears(setup.blocks[3])} == {LinearState.FULL_PRECISION}
+    assert {linear.state for linear in quant_linears(setup.blocks[3])} == {QuantState.FULL_PRECISION}
 
 
 @pytest.mark.parametrize("scheme", [W2A16, W4A4], ids=lambda scheme: scheme.label)
@@ -139,7 +155,7 @@ def test_losses_are_those_of_the_plain_forward(make_setup, make_solver, tiny_lla
 
     target = state_after_two_blocks(tiny_llama)
     assert result.rec_loss_last == pytest.approx(reference_loss(target, state_after_two_blocks(setup.model)), rel=1e-4)
-    with linear_state(list(setup.blocks[:2]), LinearState.NEAREST):
+    with quant_state(list(setup.blocks[:2]), QuantState.NEAREST):
         nearest = reference_loss(target, state_after_two_blocks(setup.model))
     assert result.rec_loss_rtn == pytest.approx(nearest, rel=1e-4)
     assert result.guard is None
@@ -267,7 +283,7 @@ def test_nothing_to_learn_takes_no_step(run, make_setup, scheme):
     rows: list[list] = []
     setup = run(scheme, callbacks=[WindowCurves(rows.append)], kind=Nearest, weight_scale=0, act_scale=0)
     nearest = make_setup(scheme)
-    with linear_state(nearest.model, LinearState.NEAREST):
+    with quant_state(nearest.model, QuantState.NEAREST):
         assert torch.equal(setup.logits(), nearest.logits())
     assert not rows
 
@@ -275,7 +291,7 @@ def test_nothing_to_learn_takes_no_step(run, make_setup, scheme):
 def test_no_reconstruction_is_round_to_nearest(make_setup):
     setup, nearest, solver = make_setup(W4A4), make_setup(W4A4), NoReconstruction(ReconstructionLoss())
     setup.solve(solver, SlidingWindows(2), [])
-    with linear_state(nearest.model, LinearState.NEAREST):
+    with quant_state(nearest.model, QuantState.NEAREST):
         assert torch.equal(setup.logits(), nearest.logits())
     assert solver.steps(8) == 0
     for result in setup.results:

@@ -31,11 +31,13 @@ class Family:
     Args:
         model_types: the values of `model_type` in config.json that share this architecture.
         blocks: the dotted path from the causal language model to the ModuleList of its blocks.
+        attention: the dotted name of a block's attention module, which calls transformers' attention interface.
         scaling_pairs: where activations of a block can be scaled without changing what it computes.
     """
 
     model_types: tuple[str, ...]
     blocks: str
+    attention: str
     scaling_pairs: tuple[ScalingPair, ...]
 
 
@@ -43,6 +45,7 @@ FAMILIES = (
     Family(
         model_types=("llama",),
         blocks="model.layers",
+        attention="self_attn",
         scaling_pairs=(
             ScalingPair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             ScalingPair("self_attn.v_proj", ("self_attn.o_proj",)),

@@ -3,10 +3,6 @@
 Shapes: O out_features, I in_features, G groups a row.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +12,7 @@ from cbq.quant.affine import dequantize_affine, to_groups
 from cbq.quant.quantizer import ACT_QUANTIZERS, ActQuantizer, WeightQuantizer
 from cbq.quant.rounding import Nearest, Rounding
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import Quantized, QuantState, quantized_modules
 
 
 def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
@@ -24,15 +21,7 @@ def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
     return kind(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
 
 
-class LinearState(Enum):
-    """What a `QuantLinear` computes with."""
-
-    FULL_PRECISION = "full precision"
-    NEAREST = "round to nearest"
-    LEARNED = "learned"
-
-
-class QuantLinear(nn.Module):
+class QuantLinear(Quantized):
     """A linear whose weight and input can be quantized.
 
     Full precision is a state, not a second copy of the weight; in it the output is bit-equal to `nn.Linear`'s.
@@ -59,16 +48,15 @@ class QuantLinear(nn.Module):
         if scheme.quantizes_activations:
             self.act_quantizer = make_act_quantizer(scheme)
         self.rounding: Rounding = Nearest(self.out_features, self.in_features)
-        self.state = LinearState.FULL_PRECISION
         self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., I) times the weight plus the bias, (..., O)."""
         weight = self.weight
-        if self.state is LinearState.NEAREST:
+        if self.state is QuantState.NEAREST:
             x = self.act_quantizer.nearest(x) if self.act_quantizer else x
             weight = self.weight_quantizer.nearest(weight).to(weight.dtype) if self.weight_quantizer else weight
-        elif self.state is LinearState.LEARNED:
+        elif self.state is QuantState.LEARNED:
             x = self.act_quantizer(x) if self.act_quantizer else x
             weight = self.weight_quantizer(weight, self.rounding).to(weight.dtype) if self.weight_quantizer else weight
         return F.linear(x, weight, self.bias)
@@ -185,19 +173,4 @@ def fuse_linears_(module: nn.Module) -> None:
 
 def quant_linears(modules: nn.Module | list[nn.Module]) -> list[QuantLinear]:
     """Return every `QuantLinear` below `modules`, in order."""
-    modules = [modules] if isinstance(modules, nn.Module) else modules
-    return [child for module in modules for child in module.modules() if isinstance(child, QuantLinear)]
-
-
-@contextmanager
-def linear_state(modules: nn.Module | list[nn.Module], state: LinearState) -> Iterator[None]:
-    """Put every `QuantLinear` below `modules` into `state`, and back at the end."""
-    linears = quant_linears(modules)
-    before = [linear.state for linear in linears]
-    for linear in linears:
-        linear.state = state
-    try:
-        yield
-    finally:
-        for linear, old in zip(linears, before, strict=True):
-            linear.state = old
+    return [module for module in quantized_modules(modules) if isinstance(module, QuantLinear)]

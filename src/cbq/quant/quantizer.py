@@ -145,4 +145,10 @@ class StaticActQuantizer(ActQuantizer):
         return self.initial_scale, self.zero_point
 
 
+def act_quantizers(modules: nn.Module | list[nn.Module]) -> list[ActQuantizer]:
+    """Return every activation quantizer in or below `modules`, in order."""
+    modules = [modules] if isinstance(modules, nn.Module) else modules
+    return [child for module in modules for child in module.modules() if isinstance(child, ActQuantizer)]
+
+
 ACT_QUANTIZERS: dict[str, type[ActQuantizer]] = {"token": ActQuantizer, "tensor": StaticActQuantizer}

@@ -8,11 +8,12 @@ from cbq.errors import InputError, check_flag
 
 FULL_PRECISION_BITS = 16
 ACT_GRANULARITIES = ("token", "tensor")
+MODEL_WIDE = ("qkv_bits", "overrides")  # what is not said of a single linear
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    r"""Bits, granularity and symmetry of the weights and activations of every linear in a block.
+    r"""Bits, granularity and symmetry of the weights and activations of a model's blocks.
 
     Args:
         weight_bits: 2 to 8, or 16 (not quantized).
@@ -24,6 +25,8 @@ class QuantScheme:
             None, or 2^(act_bits - 1) - 1.
         act_granularity: `token`, a range found anew for each token, the paper's setting; or `tensor`, one range a
             linear, found on the calibration data.
+        qkv_bits: of queries, keys and values after their position embedding, each token of each head by its own range;
+            2 to 8, or 16 (not quantized, the paper's setting).
         overrides: exceptions, each a dict of `linears`, a regular expression for the whole name of a linear, and the
             fields above that are different there; a later one wins. A linear is called by its block and by its name
             in it, `blocks.0.mlp.down_proj`; blocks also count from the last one, `blocks.-1.mlp.down_proj`.
@@ -36,6 +39,8 @@ class QuantScheme:
         'W4A8'
         >>> QuantScheme(weight_bits=2, act_bits=16, group_size=64).label
         'W2A16g64'
+        >>> QuantScheme(weight_bits=4, act_bits=4, qkv_bits=4).label
+        'W4A4-qkv4'
         >>> star = QuantScheme(2, 16, overrides=[{"linears": r"blocks\.-1\..*", "weight_bits": 4}])
         >>> star.of_linear(["blocks.7.mlp.up_proj", "blocks.-1.mlp.up_proj"]).weight_bits
         4
@@ -50,10 +55,11 @@ class QuantScheme:
     act_symmetric: bool = False
     act_denominator: float | None = None
     act_granularity: str = "token"
+    qkv_bits: int = FULL_PRECISION_BITS
     overrides: Sequence[Mapping] = ()
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits"):
+        for name in ("weight_bits", "act_bits", "qkv_bits"):
             bits = getattr(self, name)
             if isinstance(bits, bool) or not isinstance(bits, int) or bits not in (*range(2, 9), FULL_PRECISION_BITS):
                 raise InputError(f"quant.{name} must be 2 to 8, or 16 for full precision, got {bits!r}")
@@ -82,7 +88,7 @@ class QuantScheme:
 
     def _with(self, override: Mapping) -> "QuantScheme":
         """Return the scheme that one override makes of this one."""
-        allowed = [field.name for field in fields(self) if field.name != "overrides"]
+        allowed = [field.name for field in fields(self) if field.name not in MODEL_WIDE]
         if not isinstance(override, Mapping) or not isinstance(override.get("linears"), str):
             raise InputError(
                 f"quant.overrides must each be {{linears: <pattern>, <option>: <value>}}, got {override!r}"
@@ -109,7 +115,7 @@ class QuantScheme:
 
     def of_linear(self, names: Iterable[str]) -> "QuantScheme":
         """Return the scheme of the linear that is called by any of `names`: without overrides, those applied."""
-        scheme = replace(self, overrides=())
+        scheme = replace(self, overrides=(), qkv_bits=FULL_PRECISION_BITS)
         for number in self.matching(names):
             scheme = scheme._with(self.overrides[number])
         return scheme
@@ -122,20 +128,23 @@ class QuantScheme:
             InputError: the text is no label.
 
         Example:
-            >>> QuantScheme.parse("w3a16g128") == QuantScheme(3, 16, group_size=128)
+            >>> QuantScheme.parse("w3a16g128-qkv8") == QuantScheme(3, 16, group_size=128, qkv_bits=8)
             True
         """
-        parts = re.fullmatch(r"w(\d+)a(\d+)(?:g(\d+))?", label.lower())
+        parts = re.fullmatch(r"w(\d+)a(\d+)(?:g(\d+))?(?:-qkv(\d+))?", label.lower())
         if parts is None:
-            raise InputError(f"a scheme's label must be like w4a4 or w2a16g128, got {label!r}")
-        weight_bits, act_bits, group_size = parts.groups(default="-1")
-        return cls(int(weight_bits), int(act_bits), int(group_size))
+            raise InputError(f"a scheme's label must be like w4a4, w2a16g128 or w4a4-qkv4, got {label!r}")
+        weight_bits, act_bits, group_size, qkv_bits = parts.groups()
+        return cls(
+            int(weight_bits), int(act_bits), int(group_size or -1), qkv_bits=int(qkv_bits or FULL_PRECISION_BITS)
+        )
 
     @property
     def label(self) -> str:
         """The field's short name, with the group size where there are groups, and a star for overrides (CBQ*)."""
         group = "" if self.group_size == -1 else f"g{self.group_size}"
-        return f"W{self.weight_bits}A{self.act_bits}{group}{'*' if self.overrides else ''}"
+        qkv = f"-qkv{self.qkv_bits}" if self.quantizes_qkv else ""
+        return f"W{self.weight_bits}A{self.act_bits}{group}{qkv}{'*' if self.overrides else ''}"
 
     @property
     def quantizes_weights(self) -> bool:
@@ -146,3 +155,8 @@ class QuantScheme:
     def quantizes_activations(self) -> bool:
         """Whether activations are quantized at all."""
         return self.act_bits != FULL_PRECISION_BITS
+
+    @property
+    def quantizes_qkv(self) -> bool:
+        """Whether queries, keys and values are quantized."""
+        return self.qkv_bits != FULL_PRECISION_BITS

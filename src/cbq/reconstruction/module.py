@@ -11,6 +11,7 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import quant_linears
+from cbq.quant.quantizer import act_quantizers
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.windows import Window
 
@@ -69,7 +70,7 @@ class WindowModule(L.LightningModule):
         self.losses: dict[str, torch.Tensor] = {}
         # The blocks stay out of this module's registry: `parameters()` holds nothing frozen, and Lightning's move to
         # the CPU after a fit leaves their weights where they are.
-        self.linears = tuple(quant_linears(list(cache.blocks[window.start : window.stop])))
+        self.blocks = tuple(cache.blocks[window.start : window.stop])
         self.roundings = tuple(
             linear.rounding
             for linear in quant_linears(list(cache.blocks[window.rounding_start : window.stop]))
@@ -80,12 +81,13 @@ class WindowModule(L.LightningModule):
 
     def _parameter_groups(self, learning_rates: LearningRates) -> dict[str, dict]:
         """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
-        weight_quantizers = [linear.weight_quantizer for linear in self.linears if linear.weight_quantizer]
-        act_quantizers = [linear.act_quantizer for linear in self.linears if linear.act_quantizer]
+        linears = quant_linears(list(self.blocks))
+        weight_scales = [linear.weight_quantizer.scale_multiplier for linear in linears if linear.weight_quantizer]
+        act_scales = [quantizer.range_multiplier for quantizer in act_quantizers(list(self.blocks))]
         rounding_rate = self.roundings[0].learning_rate if self.roundings else 0.0
         groups = {
-            "weight_scale": ([q.scale_multiplier for q in weight_quantizers], learning_rates.weight_scale),
-            "act_scale": ([q.range_multiplier for q in act_quantizers], learning_rates.act_scale),
+            "weight_scale": (weight_scales, learning_rates.weight_scale),
+            "act_scale": (act_scales, learning_rates.act_scale),
             "rounding": ([p for rounding in self.roundings for p in rounding.parameters()], rounding_rate),
         }
         return {name: {"params": params, "lr": rate} for name, (params, rate) in groups.items() if params and rate}

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbq.activations import ActivationCache, autocast
 from cbq.errors import InputError, check_flag, check_number
-from cbq.quant.linear import LinearState, QuantLinear, linear_state, quant_linears
+from cbq.quant.linear import QuantLinear, quant_linears
+from cbq.quant.quantizer import act_quantizers
 from cbq.quant.rounding import Rounding
+from cbq.quant.state import Quantized, QuantState, quant_state, quantized_modules
 from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
 from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
@@ -66,8 +69,8 @@ class NoReconstruction:
         """Put the window's linears into the learned state, with nothing learned."""
         began = time.perf_counter()
         targets = cache.advance_full_precision(window.stop)
-        for linear in window_linears(window, cache):
-            linear.state = LinearState.LEARNED
+        for module in quantized_modules(window_blocks(window, cache)):
+            module.state = QuantState.LEARNED
         loss = measure(window, cache, targets, self.loss)
         return WindowResult(window.start, window.stop, loss, loss, loss, 0.0, time.perf_counter() - began)
 
@@ -152,10 +155,11 @@ class Reconstruction:
         began = time.perf_counter()
         assert cache.quantized_at == window.start, "the quantized stream is the window's input"
         targets = cache.advance_full_precision(window.stop)
-        linears = window_linears(window, cache)
-        self._prepare(linears)
+        blocks = window_blocks(window, cache)
+        linears = quant_linears(blocks)
+        self._prepare(blocks)
         first = measure(window, cache, targets, self.loss)
-        with linear_state(linears, LinearState.NEAREST):
+        with quant_state(blocks, QuantState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
         module = WindowModule(
             window, cache, self.loss, self.compensation_weight, self.learning_rates, self.homologous_weight
@@ -195,39 +199,42 @@ class Reconstruction:
             kept = first
             done.append(f"fell back to the window's start: the loss ended at {last:.4g}, not {first:.4g}")
         if not kept <= nearest:
-            for linear in module.linears:
+            for linear in quant_linears(list(module.blocks)):
                 if linear.weight_quantizer is not None:
                     linear.weight_quantizer.set_range_(linear.weight)
-            self._reset(module.linears)
+            self._reset(quantized_modules(list(module.blocks)))
             done.append(f"fell back to round-to-nearest: the loss was {kept:.4g}, not {nearest:.4g}")
             kept = nearest
         self.finite_steps.start = []
         return "; ".join(filter(None, done)) or None, kept
 
-    def _prepare(self, linears: list[QuantLinear]) -> None:
-        """Give each linear that is new to reconstruction its rounding; the others go on from what they learned."""
-        self._reset([linear for linear in linears if self.restart or linear.state is not LinearState.LEARNED])
-        for linear in linears:
-            linear.state = LinearState.LEARNED
+    def _prepare(self, blocks: list[nn.Module]) -> None:
+        """Give what is new to reconstruction its start; the rest goes on from what it learned. Roundings are hard."""
+        modules = quantized_modules(blocks)
+        self._reset([module for module in modules if self.restart or module.state is not QuantState.LEARNED])
+        for module in modules:
+            module.state = QuantState.LEARNED
+        for linear in quant_linears(blocks):
             linear.rounding.harden_()
 
-    def _reset(self, linears: Sequence[QuantLinear]) -> None:
-        """Give linears what they start with: round-to-nearest, and everything to learn."""
-        for linear in linears:
-            if linear.weight_quantizer is not None:
+    def _reset(self, modules: Sequence[Quantized]) -> None:
+        """Give modules what they start with: round-to-nearest, and everything to learn."""
+        for linear in modules:
+            if isinstance(linear, QuantLinear) and linear.weight_quantizer is not None:
                 linear.rounding = self.rounding(linear.out_features, linear.in_features).to(linear.weight.device)
                 linear.rounding.harden_()
                 torch.nn.init.ones_(linear.weight_quantizer.scale_multiplier)
-            if linear.act_quantizer is not None:
-                torch.nn.init.ones_(linear.act_quantizer.range_multiplier)
-            linear.requires_grad_(False)
+        for quantizer in act_quantizers(list(modules)):
+            torch.nn.init.ones_(quantizer.range_multiplier)
+        for module in modules:
+            module.requires_grad_(False)
 
     def _fit(self, module: WindowModule, targets: torch.Tensor, callbacks: list[L.Callback]) -> None:
         """Fit one window with a Trainer of its own."""
         window, cache = module.window, module.cache
         streams = [cache.quantized, targets]
         if self.homologous_weight:
-            with linear_state(list(module.linears), LinearState.FULL_PRECISION):
+            with quant_state(list(module.blocks), QuantState.FULL_PRECISION):
                 streams.append(cache.map_stream(window.start, window.stop, cache.quantized))
         order = torch.Generator().manual_seed(self.seed * 100_003 + window.start)
         loader = DataLoader(TensorDataset(*streams), self.batch_size, shuffle=True, generator=order)
@@ -264,9 +271,9 @@ class Reconstruction:
         module.learned.to(device)  # Lightning moves what it trained to the CPU
 
 
-def window_linears(window: Window, cache: ActivationCache) -> list[QuantLinear]:
-    """Return the quantized linears of the window's blocks."""
-    return quant_linears(list(cache.blocks[window.start : window.stop]))
+def window_blocks(window: Window, cache: ActivationCache) -> list[nn.Module]:
+    """Return the window's blocks."""
+    return list(cache.blocks[window.start : window.stop])
 
 
 @torch.no_grad()
