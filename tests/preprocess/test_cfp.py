@@ -11,7 +11,7 @@ from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.outliers import largest_reserved
-from cbq.preprocess.statistics import input_ranges
+from cbq.preprocess.statistics import input_statistics
 from cbq.quant.linear import QuantLinear, quant_linears, quantize_linears_
 from cbq.quant.scheme import QuantScheme
 
@@ -43,10 +43,10 @@ def test_the_function_stays(model, relative_to: str) -> None:
 
 
 def test_an_outlier_channel_is_brought_to_the_geometric_mean(model) -> None:
-    before = [ranges["self_attn.q_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
+    before = [ranges["self_attn.q_proj"].maxima for ranges in input_statistics(model, get_blocks(model), SEGMENTS)]
     weights = [block.self_attn.k_proj.weight.clone() for block in get_blocks(model)]
     CoarseToFine(False, True).apply_(model, get_blocks(model), SEGMENTS)
-    after = [ranges["self_attn.q_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
+    after = [ranges["self_attn.q_proj"].maxima for ranges in input_statistics(model, get_blocks(model), SEGMENTS)]
     for block, old, new, weight in zip(get_blocks(model), before, after, weights, strict=True):
         limit = largest_reserved(old[None])
         outliers = old > limit
@@ -152,10 +152,10 @@ def test_halves_differ(model) -> None:
 
 def test_eq_14_read_literally(model) -> None:
     """sqrt(max|X_i| / max(O*)) for every channel."""
-    before = [ranges["mlp.gate_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
+    before = [ranges["mlp.gate_proj"].maxima for ranges in input_statistics(model, get_blocks(model), SEGMENTS)]
     for block in get_blocks(model):
         block.post_attention_layernorm.weight[9] *= 50
-    scaled = [ranges["mlp.gate_proj"].maxima for ranges in input_ranges(model, get_blocks(model), SEGMENTS)]
+    scaled = [ranges["mlp.gate_proj"].maxima for ranges in input_statistics(model, get_blocks(model), SEGMENTS)]
     assert not torch.allclose(before[0], scaled[0])
     norm = get_blocks(model)[0].post_attention_layernorm.weight.clone()
     CoarseToFine(False, True, relative_to="largest").apply_(model, get_blocks(model), SEGMENTS)

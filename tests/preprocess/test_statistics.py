@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cbq.models.families import get_blocks
-from cbq.preprocess.statistics import input_ranges, set_act_ranges_
+from cbq.preprocess.statistics import input_statistics, set_act_ranges_
 from cbq.quant.linear import quant_linears, quantize_linears_
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
@@ -26,12 +26,14 @@ def test_ranges_equal_those_of_the_plain_forward(tiny_llama_folder: Path) -> Non
     for hook in hooks:
         hook.remove()
     seen = 0
-    for block, ranges in zip(blocks, input_ranges(model, blocks, segments), strict=True):
+    for block, ranges in zip(blocks, input_statistics(model, blocks, segments, 40), strict=True):
         for name, found in ranges.items():
             x = inputs[block.get_submodule(name)]
             torch.testing.assert_close(found.low, x.amin((0, 1)), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.high, x.amax((0, 1)), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.maxima, x.abs().amax((0, 1)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.mean_magnitude, x.abs().mean((0, 1)), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.sample, x.flatten(0, 1)[::7], rtol=1e-4, atol=1e-4)
             seen += 1
     assert seen == 4 * 7
     assert not any(module._forward_pre_hooks for module in model.modules())

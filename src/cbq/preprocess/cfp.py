@@ -12,7 +12,7 @@ from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
 from cbq.models.families import ScalingPair, find_family, head_dim
 from cbq.preprocess.outliers import RESERVED, largest_reserved
-from cbq.preprocess.statistics import InputRange, input_ranges
+from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
 
 ROWS_AT_ONCE = 256
@@ -105,7 +105,7 @@ class CoarseToFine:
             segments: calibration token ids, (N, T).
         """
         pairs = find_family(model.config).scaling_pairs if self.activations else ()
-        statistics = input_ranges(model, blocks, segments) if pairs else ({} for _ in blocks)
+        statistics = input_statistics(model, blocks, segments) if pairs else ({} for _ in blocks)
         for block, ranges in zip(blocks, statistics, strict=True):
             linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
             # Before activations are scaled: that makes columns of weights larger on purpose.
@@ -131,7 +131,7 @@ class CoarseToFine:
         self,
         pair: ScalingPair,
         block: nn.Module,
-        ranges: dict[str, InputRange],
+        ranges: dict[str, InputStatistics],
         limits: dict[str, torch.Tensor],
         head_dim: int,
     ) -> None:

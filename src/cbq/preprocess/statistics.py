@@ -1,6 +1,6 @@
 """What preprocessing must know of the calibration data: one pass of the full-precision stream, block by block.
 
-Shapes: N segments, T tokens, I in_features.
+Shapes: N segments, T tokens, S tokens of a sample, I in_features.
 """
 
 from collections.abc import Iterator
@@ -15,16 +15,20 @@ from cbq.quant.quantizer import StaticActQuantizer
 
 
 @dataclass
-class InputRange:
-    """What one linear's input was, over all tokens.
+class InputStatistics:
+    """What one linear's input was, over all tokens; float32.
 
     Args:
-        low: the smallest value of each input feature, (I,), float32.
-        high: the largest, (I,), float32.
+        low: the smallest value of each input feature, (I,).
+        high: the largest, (I,).
+        mean_magnitude: the mean of |x| of each input feature, (I,).
+        sample: evenly spaced tokens, (S, I); S is what was asked for or a little less.
     """
 
     low: torch.Tensor
     high: torch.Tensor
+    mean_magnitude: torch.Tensor
+    sample: torch.Tensor
 
     @property
     def maxima(self) -> torch.Tensor:
@@ -32,8 +36,39 @@ class InputRange:
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-def input_ranges(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> Iterator[dict[str, InputRange]]:
-    """Yield, for each block in order, the range of the input of each of its linears, by their names.
+class _Collector:
+    """Gathers one linear's statistics from its inputs, batch by batch.
+
+    Args:
+        every: a token of this many goes into the sample; 0 takes none.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.num_tokens = 0
+        self.low = self.high = self.sum = None
+        self.sample: list[torch.Tensor] = []
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        x = args[0].detach().float().flatten(0, -2)
+        low, high = torch.aminmax(x, dim=0)
+        total = x.abs().sum(0, dtype=torch.float64)
+        self.low = low if self.low is None else torch.minimum(low, self.low)
+        self.high = high if self.high is None else torch.maximum(high, self.high)
+        self.sum = total if self.sum is None else self.sum + total
+        if self.every:
+            self.sample.append(x[-self.num_tokens % self.every :: self.every].clone())
+        self.num_tokens += len(x)
+
+    def statistics(self) -> InputStatistics:
+        sample = torch.cat(self.sample) if self.sample else self.low.new_empty(0, len(self.low))
+        return InputStatistics(self.low, self.high, (self.sum / self.num_tokens).float(), sample)
+
+
+def input_statistics(
+    model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, num_samples: int = 0
+) -> Iterator[dict[str, InputStatistics]]:
+    """Yield, for each block in order, what the input of each of its linears was, by their names.
 
     The stream has passed a block when its statistics come: the block may then be changed.
 
@@ -41,29 +76,21 @@ def input_ranges(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor
         model: the language model, its linears in the full-precision state.
         blocks: its blocks.
         segments: calibration token ids, (N, T).
+        num_samples: tokens to keep.
     """
     cache = ActivationCache(model, blocks, segments)
     del cache.quantized  # one stream is enough here
+    every = -(-segments.numel() // num_samples) if num_samples else 0
     for index, block in enumerate(blocks):
-        ranges: dict[str, InputRange] = {}
-
-        def update(name: str, x: torch.Tensor, ranges: dict[str, InputRange] = ranges) -> None:
-            low, high = torch.aminmax(x.detach().float().flatten(0, -2), dim=0)
-            if name in ranges:
-                low, high = torch.minimum(low, ranges[name].low), torch.maximum(high, ranges[name].high)
-            ranges[name] = InputRange(low, high)
-
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args, name=name: update(name, args[0]))
-            for name, module in block.named_modules()
-            if getattr(module, "in_features", None)
-        ]
+        linears = {name: module for name, module in block.named_modules() if getattr(module, "in_features", None)}
+        collectors = {name: _Collector(every) for name in linears}
+        hooks = [linear.register_forward_pre_hook(collectors[name]) for name, linear in linears.items()]
         try:
             cache.advance_full_precision(index + 1)
         finally:
             for hook in hooks:
                 hook.remove()
-        yield ranges
+        yield {name: collector.statistics() for name, collector in collectors.items()}
 
 
 def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
@@ -77,8 +104,8 @@ def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Ten
     """
     if not any(isinstance(linear.act_quantizer, StaticActQuantizer) for linear in quant_linears(blocks)):
         return
-    for block, ranges in zip(blocks, input_ranges(model, blocks, segments), strict=True):
-        for name, found in ranges.items():
+    for block, statistics in zip(blocks, input_statistics(model, blocks, segments), strict=True):
+        for name, found in statistics.items():
             quantizer = block.get_submodule(name).act_quantizer
             if isinstance(quantizer, StaticActQuantizer):
                 quantizer.set_range_(found.low.amin(), found.high.amax())
