@@ -47,8 +47,8 @@ def finish(folder: Path, scheme: QuantScheme, dtype: str = "float32") -> LoadedM
             torch.nn.init.normal_(linear.rounding.offset_values)
             torch.nn.init.uniform_(linear.weight_quantizer.scale_multiplier, 0.9, 1.1)
         if linear.act_quantizer:
-            for number, buffer in enumerate(linear.act_quantizer.buffers()):  # static: a scale and a zero point
-                buffer.fill_([0.1, 15.0][number])
+            for number, buffer in enumerate(linear.act_quantizer.buffers()):  # static: a scale and a zero point too
+                buffer.fill_([0.9, 0.1, 15.0][number])
     fuse_linears_(loaded.blocks)
     loaded.model.requires_grad_(False)
     return loaded
@@ -128,7 +128,7 @@ def test_quantized_file_is_as_documented(saved):
     assert len(attentions) == 4 * scheme.quantizes_qkv
     assert metadata["format_version"] == "1"
     parts = ["integers", "weight_scale", "zero_point"] * scheme.quantizes_weights
-    parts += ["act_multiplier"] * scheme.quantizes_activations
+    parts += ["act_multiplier", "act_clip_ratio"] * scheme.quantizes_activations
     parts += ["act_initial_scale", "act_zero_point"] * (scheme.act_granularity == "tensor")
     multipliers = {f"{name}.{part}.range_multiplier" for name in attentions for part in ("query", "key", "value")}
     assert set(tensors) == {f"{linear}.{part}" for linear in linears for part in parts} | multipliers

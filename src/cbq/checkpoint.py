@@ -1,11 +1,12 @@
 """The result on disk: a Hugging Face folder with the fused weights, and what they are made of.
 
 `<folder>/` loads in plain transformers, weights only. `<folder>/cbq/quantized.safetensors` holds, for each quantized
-linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32, `X.zero_point` (O, G) uint8 and
-`X.act_multiplier` () float32, with static activations `X.act_initial_scale` () and `X.act_zero_point` () too; for each
-attention `Y` with quantized queries, keys and values `Y.query.range_multiplier`, `Y.key...` and `Y.value...` (); its
-metadata hold the scheme of each. The sub-folder keeps it out of sight of engines that read every safetensors file of a
-folder. A linear's weight is (integers - zero_point) * weight_scale.
+linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32 and `X.zero_point` (O, G) uint8; for its input
+`X.act_multiplier` and `X.act_clip_ratio` () float32, whose product multiplies the step size of each token's range, and
+where activations are static that step size and its zero point, `X.act_initial_scale` and `X.act_zero_point` (). For an
+attention `Y` with quantized queries, keys and values there are `Y.query.range_multiplier`, `Y.key...` and `Y.value...`
+(). The metadata hold the scheme of each. The sub-folder keeps the file out of sight of engines that read every
+safetensors file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -60,7 +61,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     attentions = {}
     for name, quantizer in qkv_quantizers(model):
         attentions[name] = {key: getattr(quantizer, key) for key in ("bits", "symmetric", "denominator")}
-        tensors |= {f"{name}.{part}": tensor for part, tensor in quantizer.state_dict().items()}
+        tensors |= {f"{name}.{part}": parameter.detach() for part, parameter in quantizer.named_parameters()}
     inside = tuple(f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point"))
     state = {
         name: tensor

@@ -74,3 +74,20 @@ def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Te
     for name in pair.consumers:
         weight = block.get_submodule(name).weight
         weight.copy_(scale_columns(weight, channel_scale, weight.shape[1], head_dim))
+
+
+@torch.no_grad()
+def shift_channels_(pair: ScalingPair, block: nn.Module, shift: torch.Tensor) -> None:
+    """Subtract `shift` (C,) from the producer's output channels; its consumers' biases take what is missing.
+
+    The block computes the same, but for rounding. Producer and consumers must have biases and the same channels.
+
+    Args:
+        pair: which modules.
+        block: has them.
+        shift: any values.
+    """
+    block.get_submodule(pair.producer).bias.sub_(shift)
+    for name in pair.consumers:
+        linear = block.get_submodule(name)
+        linear.bias.add_((linear.weight.float() @ shift).to(linear.bias.dtype))

@@ -90,6 +90,9 @@ class ActQuantizer(nn.Module):
         symmetric: no zero point.
         denominator: see `choose_qparams_affine`.
 
+    Attributes:
+        clip_ratio: share of the range that preprocessing leaves, (); 1 at the start. Never learned.
+
     Source: S_X of Eq. 5 and 9; per-token granularity of section 5.1.
     Note: with a dynamic range there is no fixed step size to learn, so S_X is a multiplier on each token's step size,
         one a linear, starting at 1 (METHOD 4).
@@ -101,11 +104,15 @@ class ActQuantizer(nn.Module):
         self.symmetric = symmetric
         self.denominator = denominator
         self.quant_min, self.quant_max = quant_range(bits)
+        self.register_buffer("clip_ratio", torch.ones(()))
         self.range_multiplier = nn.Parameter(torch.ones(()))
+
+    def set_range_(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Do nothing: each token brings its own range."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., T, I) quantized and dequantized, in its own dtype."""
-        return self.quantize(x, self.range_multiplier.clamp_min(SMALLEST_MULTIPLIER))
+        return self.quantize(x, self.clip_ratio * self.range_multiplier.clamp_min(SMALLEST_MULTIPLIER))
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., T, I) quantized with each token's full range, as without learning."""
