@@ -34,6 +34,7 @@ def quantize(
     learning_rates: LearningRates | None = None,
     epochs: int = 3,
     batch_size: int = 1,
+    accumulate_grad_batches: int = 1,
     seed: int = 0,
     callbacks: Sequence[L.Callback] = (),
     progress: bool = True,
@@ -52,7 +53,8 @@ def quantize(
         loss: Eq. 7 if None.
         learning_rates: of the step sizes; the paper's if None.
         epochs: passes over the segments, a window.
-        batch_size: segments a step.
+        batch_size: segments a batch.
+        accumulate_grad_batches: batches an optimizer step.
         seed: of everything random.
         callbacks: Lightning callbacks for every window's fit.
         progress: show windows, losses and the time left.
@@ -77,6 +79,7 @@ def quantize(
         learning_rates or LearningRates(),
         epochs=epochs,
         batch_size=batch_size,
+        accumulate_grad_batches=accumulate_grad_batches,
         seed=seed,
     )
     check_tokens(tokens, model.config.vocab_size)

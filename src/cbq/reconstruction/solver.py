@@ -80,7 +80,10 @@ class Reconstruction:
         rounding: makes a linear's rounding from its out_features and in_features.
         learning_rates: of S_W and S_X.
         epochs: passes over the calibration segments, a window.
-        batch_size: segments a step.
+        batch_size: segments a batch.
+        accumulate_grad_batches: batches an optimizer step, their gradients averaged: the steps of a larger batch in
+            the memory of a small one. Where they do not divide, the last step of an epoch has fewer batches and a
+            smaller gradient, as Lightning has it.
         compensation_weight: the gamma of Eq. 13.
         beta_start: see `BetaAnnealing`.
         beta_end: see `BetaAnnealing`.
@@ -103,6 +106,7 @@ class Reconstruction:
         learning_rates: LearningRates,
         epochs: int = 3,
         batch_size: int = 1,
+        accumulate_grad_batches: int = 1,
         compensation_weight: float = 1.0,
         beta_start: float = 20.0,
         beta_end: float = 2.0,
@@ -112,7 +116,11 @@ class Reconstruction:
         restart: bool = False,
         seed: int = 0,
     ) -> None:
-        for key, value in {"epochs": epochs, "batch_size": batch_size}.items():
+        for key, value in {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "accumulate_grad_batches": accumulate_grad_batches,
+        }.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction.{key} must be an integer of at least 1, got {value!r}")
         for key, value in {
@@ -129,6 +137,7 @@ class Reconstruction:
         self.learning_rates = learning_rates
         self.epochs = epochs
         self.batch_size = batch_size
+        self.accumulate_grad_batches = accumulate_grad_batches
         self.compensation_weight = compensation_weight
         self.homologous_weight = homologous_weight
         self.restart = restart
@@ -139,7 +148,7 @@ class Reconstruction:
 
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps a window takes."""
-        return self.epochs * -(-num_segments // self.batch_size)
+        return self.epochs * -(-num_segments // (self.batch_size * self.accumulate_grad_batches))
 
     def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
         """Learn the window's blocks; their roundings end hard, their linears in the learned state.
@@ -158,7 +167,13 @@ class Reconstruction:
         with linear_state(linears, LinearState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
         module = WindowModule(
-            window, cache, self.loss, self.compensation_weight, self.learning_rates, self.homologous_weight
+            window,
+            cache,
+            self.loss,
+            self.compensation_weight,
+            self.learning_rates,
+            self.homologous_weight,
+            self.accumulate_grad_batches,
         )
         guard, last = None, first
         if module.groups:
@@ -240,6 +255,7 @@ class Reconstruction:
             devices=1 if device.type != "cuda" else [device.index or 0],
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             max_steps=self.steps(len(cache)),
+            accumulate_grad_batches=self.accumulate_grad_batches,
             callbacks=[self.annealing, self.hardening, self.finite_steps, *callbacks],
             logger=False,
             enable_checkpointing=False,
