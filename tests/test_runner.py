@@ -135,6 +135,30 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     assert curves["a"] == curves["b"] != curves["c"]
 
 
+def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny_text_file):
+    """Two streams and the homologous one, statistics for preprocessing and for static ranges, a short last batch."""
+    options = ["model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={tiny_text_file}"]
+    options += ["calibration.num_segments=11", "calibration.segment_tokens=32", "evaluation=none"]
+    options += ["quant=w4a4", "quant.act_granularity=tensor", "preprocess=cfp", "rounding=dense_ste"]
+    options += ["reconstruction.homologous_weight=1.0", "reconstruction.epochs=1"]
+    (tmp_path / "files").mkdir()
+    found = {}
+    for cache in ("device", "host", "disk"):
+        folder = tmp_path / cache
+        results = run(folder, *options, f"activations.cache={cache}", f"activations.folder={tmp_path / 'files'}")
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "checkpoint",
+            "config.yaml",
+            "metrics.csv",
+            "results.json",
+        ]
+        windows = [{key: value for key, value in w.items() if "time" not in key} for w in results["windows"]]
+        weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
+        found[cache] = (weights, (folder / "metrics.csv").read_text(), windows)
+    assert list((tmp_path / "files").iterdir()) == []
+    assert found["device"] == found["host"] == found["disk"]
+
+
 def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
     test_file = tmp_path / "test.txt"
     test_file.write_text(tiny_text_file.read_text(encoding="utf-8")[-20_000:], encoding="utf-8")

@@ -12,6 +12,7 @@ from torch import nn
 from cbq.activations import ActivationCache
 from cbq.quant.linear import quant_linears
 from cbq.quant.quantizer import StaticActQuantizer
+from cbq.streams.places import ON_DEVICE, Place
 
 
 @dataclass
@@ -32,7 +33,9 @@ class InputRange:
         return torch.maximum(self.low.abs(), self.high.abs())
 
 
-def input_ranges(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> Iterator[dict[str, InputRange]]:
+def input_ranges(
+    model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE
+) -> Iterator[dict[str, InputRange]]:
     """Yield, for each block in order, the range of the input of each of its linears, by their names.
 
     The stream has passed a block when its statistics come: the block may then be changed.
@@ -41,9 +44,10 @@ def input_ranges(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor
         model: the language model, its linears in the full-precision state.
         blocks: its blocks.
         segments: calibration token ids, (N, T).
+        place: where the stream is kept.
     """
-    cache = ActivationCache(model, blocks, segments)
-    del cache.quantized  # one stream is enough here
+    cache = ActivationCache(model, blocks, segments, place=place)
+    cache.quantized = None  # one stream is enough here
     for index, block in enumerate(blocks):
         ranges: dict[str, InputRange] = {}
 
@@ -66,7 +70,7 @@ def input_ranges(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor
         yield ranges
 
 
-def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
     """Give every static activation quantizer of the blocks the range of its linear's input; where there is none, do
     nothing.
 
@@ -74,10 +78,11 @@ def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Ten
         model: the language model, its linears in the full-precision state.
         blocks: its blocks.
         segments: calibration token ids, (N, T).
+        place: where the stream is kept meanwhile.
     """
     if not any(isinstance(linear.act_quantizer, StaticActQuantizer) for linear in quant_linears(blocks)):
         return
-    for block, ranges in zip(blocks, input_ranges(model, blocks, segments), strict=True):
+    for block, ranges in zip(blocks, input_ranges(model, blocks, segments, place), strict=True):
         for name, found in ranges.items():
             quantizer = block.get_submodule(name).act_quantizer
             if isinstance(quantizer, StaticActQuantizer):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache, autocast
 from cbq.errors import InputError, check_flag, check_number
@@ -20,6 +20,7 @@ from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.windows import Window
+from cbq.streams.kinds import Segments, Stream
 
 MEASURED_SEGMENTS = 32  # a window's loss is reported on this many of its segments
 
@@ -54,6 +55,8 @@ class WindowResult:
 
 class NoReconstruction:
     """Solves nothing: every linear is rounded to nearest (the upper half of Table 3a)."""
+
+    num_streams = 2
 
     def __init__(self, loss: ReconstructionLoss) -> None:
         self.loss = loss
@@ -116,11 +119,8 @@ class Reconstruction:
         restart: bool = False,
         seed: int = 0,
     ) -> None:
-        for key, value in {
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "accumulate_grad_batches": accumulate_grad_batches,
-        }.items():
+        batches = {"batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
+        for key, value in ({"epochs": epochs} | batches).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction.{key} must be an integer of at least 1, got {value!r}")
         for key, value in {
@@ -140,6 +140,7 @@ class Reconstruction:
         self.accumulate_grad_batches = accumulate_grad_batches
         self.compensation_weight = compensation_weight
         self.homologous_weight = homologous_weight
+        self.num_streams = 3 if homologous_weight else 2  # of hidden states at one time
         self.restart = restart
         self.seed = seed
         self.hardening = HardRounding(hard_start)
@@ -237,7 +238,7 @@ class Reconstruction:
                 torch.nn.init.ones_(linear.act_quantizer.range_multiplier)
             linear.requires_grad_(False)
 
-    def _fit(self, module: WindowModule, targets: torch.Tensor, callbacks: list[L.Callback]) -> None:
+    def _fit(self, module: WindowModule, targets: Stream, callbacks: list[L.Callback]) -> None:
         """Fit one window with a Trainer of its own."""
         window, cache = module.window, module.cache
         streams = [cache.quantized, targets]
@@ -245,11 +246,11 @@ class Reconstruction:
             with linear_state(list(module.linears), LinearState.FULL_PRECISION):
                 streams.append(cache.map_stream(window.start, window.stop, cache.quantized))
         order = torch.Generator().manual_seed(self.seed * 100_003 + window.start)
-        loader = DataLoader(TensorDataset(*streams), self.batch_size, shuffle=True, generator=order)
+        loader = DataLoader(Segments(streams), self.batch_size, shuffle=True, generator=order, collate_fn=list)
         for rounding in module.roundings:
             rounding.soften_()
         module.learned.requires_grad_(True)
-        device = targets.device
+        device = cache.device
         trainer = L.Trainer(
             accelerator=device.type if device.type != "cuda" else "gpu",
             devices=1 if device.type != "cuda" else [device.index or 0],
@@ -268,7 +269,7 @@ class Reconstruction:
             # Lightning's own use of torch, not ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             try:
-                trainer.fit(module, loader)
+                trainer.fit(module, cache.place.feed(loader, cache.device))
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
@@ -286,11 +287,11 @@ def window_linears(window: Window, cache: ActivationCache) -> list[QuantLinear]:
 
 
 @torch.no_grad()
-def measure(window: Window, cache: ActivationCache, targets: torch.Tensor, loss: ReconstructionLoss) -> float:
+def measure(window: Window, cache: ActivationCache, targets: Stream, loss: ReconstructionLoss) -> float:
     """Return the window's reconstruction loss over the first `MEASURED_SEGMENTS` segments, in its present state."""
     total, count = 0.0, 0
-    hidden, targets = cache.quantized[:MEASURED_SEGMENTS], targets[:MEASURED_SEGMENTS]
-    for batch, target in zip(hidden.split(cache.batch_size), targets.split(cache.batch_size), strict=True):
+    for part in cache.parts(min(len(cache), MEASURED_SEGMENTS)):
+        batch, target = cache.quantized[part], targets[part]
         with autocast(batch.device):
             total += loss(target, cache.run_blocks(window.start, window.stop, batch))[0].item() * len(batch)
         count += len(batch)
