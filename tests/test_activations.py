@@ -71,6 +71,21 @@ def test_two_streams_are_made_and_then_overwritten(model, segments, place, first
     assert {id(stream) for stream in made} == {id(cache.full_precision), id(cache.quantized)}
 
 
+@pytest.mark.gpu
+def test_places_agree_on_a_gpu(model, segments, tmp_path):
+    """To the bit, as on a CPU, with blocks that the copies overlap with."""
+    model = copy.deepcopy(model).cuda()
+    found = []
+    for place in (ON_DEVICE, OnHost(), OnDisk(tmp_path)):
+        cache = ActivationCache(model, model.model.layers, segments.repeat(20, 1), batch_size=8, place=place)
+        cache.advance_full_precision(2)
+        cache.advance_quantized(1)
+        states = [cache.full_precision[:].clone(), cache.quantized[:].clone()]
+        found.append([*states, cache.advance_full_precision(4)[:]])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) and a.is_cuda for a, b in zip(found[0], others, strict=True))
+
+
 def test_stream_bytes(model, segments, place):
     stream = ActivationCache(model, model.model.layers, segments, place=place).full_precision
     assert stream_bytes(model, model.model.layers, segments) == stream[:].nbytes == 5 * 24 * 64 * 4

@@ -105,6 +105,15 @@ def test_streams_on_disk_and_accumulation(model, tmp_path) -> None:
     assert torch.equal(model(TOKENS).logits, other(TOKENS).logits)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["device", "host", "disk"])
+def test_streams_beside_a_gpu(model, cache) -> None:
+    model = model.cuda()
+    _, windows = cbq.quantize(model, TOKENS, "w4a8", rounding=DenseSTE, activation_cache=cache, progress=False)
+    assert all(window.rec_loss_last < window.rec_loss_rtn for window in windows)
+    assert model(TOKENS.cuda()).logits.isfinite().all()
+
+
 def test_callbacks_and_silence(model, capsys) -> None:
     class Count(L.Callback):
         fits = 0

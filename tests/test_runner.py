@@ -63,9 +63,9 @@ def short_text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short_text) -> Path:
-    """A finished run of the embedded model: W4A4, dense straight-through rounding."""
+    """A finished and traced run of the embedded model: W4A4, dense straight-through rounding."""
     folder = tmp_path_factory.mktemp("runs") / "w4a4"
-    run(folder, "quant=w4a4", "rounding=dense_ste", *on_text(short_text))
+    run(folder, "quant=w4a4", "rounding=dense_ste", "debug=profile", *on_text(short_text))
     return folder
 
 
@@ -90,6 +90,12 @@ def test_curves_hold_every_step(finished):
         total = float(row["loss/rec"]) + float(row["loss/com"])
         assert math.isclose(total, float(row["loss/total"]), rel_tol=1e-5)
         assert math.isclose(float(row["loss/l2"]) + float(row["loss/kld"]), float(row["loss/rec"]), rel_tol=1e-5)
+
+
+def test_debug_profile_leaves_a_trace(finished):
+    events = json.loads((finished / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#Adam.step" for event in events) == 3
+    assert "aten::mm" in (finished / "profile.txt").read_text()
 
 
 def test_full_precision_and_loaded_perplexities_equal_a_direct_computation(finished, short_text):

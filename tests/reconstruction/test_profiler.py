@@ -38,14 +38,8 @@ def test_a_trace_changes_nothing(run, tmp_path):
 
 
 def test_batches_of_one_step_are_counted_singly(run, tmp_path):
-    options = {
-        "batch_size": 1,
-        "accumulate_grad_batches": 4,
-        "epochs": 1,
-        "num_windows": 1,
-        "windows": SlidingWindows(1),
-    }
-    run(W4A4, callbacks=[StepProfiler(tmp_path, skip=0, batches=8)], **options)
+    options = {"batch_size": 1, "accumulate_grad_batches": 4, "epochs": 1, "num_windows": 1}
+    run(W4A4, SlidingWindows(1), [StepProfiler(tmp_path, skip=0, batches=8)], **options)
     assert sum(name == "Optimizer.step#Adam.step" for name in names(tmp_path)) == 2
 
 
