@@ -35,7 +35,7 @@ class Stream:
 
     def __setitem__(self, where: slice, batch: torch.Tensor) -> None:
         """Overwrite segments in a row by `batch`, (B, T, D)."""
-        self.tensor[where] = batch
+        self.tensor[where].copy_(batch)
 
 
 class HostStream(Stream):
