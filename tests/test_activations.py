@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cbq.activations import ActivationCache, BlockCall, capture_block_calls, capture_first_inputs
+from cbq.activations import ActivationCache, BlockCall, capture_block_calls, capture_first_inputs, stream_bytes
+from cbq.streams.kinds import Stream
+from cbq.streams.places import ON_DEVICE, OnDisk, OnHost, Place
 
 NUM_BLOCKS = 4
 
@@ -34,17 +36,59 @@ def count_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
+@pytest.fixture(params=["device", "host", "disk"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return {"device": ON_DEVICE, "host": OnHost(), "disk": OnDisk(tmp_path)}[request.param]
+
+
 @pytest.mark.parametrize("stops", [[1, 2, 3, 4], [2, 4], [4], [0, 3, 3, 4]])
-def test_stream_equals_the_plain_hidden_states(model, segments, plain_states, stops):
-    cache = ActivationCache(model, model.model.layers, segments)
-    torch.testing.assert_close(cache.full_precision, plain_states[0], rtol=0, atol=0)
+def test_stream_equals_the_plain_hidden_states(model, segments, plain_states, stops, place):
+    cache = ActivationCache(model, model.model.layers, segments, batch_size=2, place=place)
+    torch.testing.assert_close(cache.full_precision[:], plain_states[0], rtol=0, atol=0)
     for stop in stops:
         for stream in (cache.advance_full_precision(stop), cache.advance_quantized(stop)):
-            state = model.model.norm(stream) if stop == NUM_BLOCKS else stream
+            state = model.model.norm(stream[:]) if stop == NUM_BLOCKS else stream[:]
             torch.testing.assert_close(state, plain_states[stop], rtol=1e-5, atol=1e-5)
         assert cache.full_precision_at == cache.quantized_at == stop
         assert stream is cache.quantized
-    assert not stream.requires_grad
+    assert not stream[:].requires_grad
+
+
+@pytest.mark.parametrize("first", ["advance_full_precision", "advance_quantized"])
+def test_two_streams_are_made_and_then_overwritten(model, segments, place, first):
+    """Moving on takes no further room."""
+    made = []
+    place.make = lambda *args, make=place.make: made.append(make(*args)) or made[-1]
+    try:
+        cache = ActivationCache(model, model.model.layers, segments, place=place)
+        for stop in (1, 2, 4):
+            getattr(cache, first)(stop)
+            cache.advance_full_precision(stop)
+            cache.advance_quantized(stop)
+    finally:
+        del place.make
+    assert len(made) == 2
+    assert {id(stream) for stream in made} == {id(cache.full_precision), id(cache.quantized)}
+
+
+@pytest.mark.gpu
+def test_places_agree_on_a_gpu(model, segments, tmp_path):
+    """To the bit, as on a CPU, with blocks that the copies overlap with."""
+    model = copy.deepcopy(model).cuda()
+    found = []
+    for place in (ON_DEVICE, OnHost(), OnDisk(tmp_path)):
+        cache = ActivationCache(model, model.model.layers, segments.repeat(20, 1), batch_size=8, place=place)
+        cache.advance_full_precision(2)
+        cache.advance_quantized(1)
+        states = [cache.full_precision[:].clone(), cache.quantized[:].clone()]
+        found.append([*states, cache.advance_full_precision(4)[:]])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) and a.is_cuda for a, b in zip(found[0], others, strict=True))
+
+
+def test_stream_bytes(model, segments, place):
+    stream = ActivationCache(model, model.model.layers, segments, place=place).full_precision
+    assert stream_bytes(model, model.model.layers, segments) == stream[:].nbytes == 5 * 24 * 64 * 4
 
 
 def test_every_block_changes_the_stream(plain_states):
@@ -57,8 +101,8 @@ def test_every_block_changes_the_stream(plain_states):
 def test_batch_size_does_not_matter(model, segments, plain_states, batch_size):
     cache = ActivationCache(model, model.model.layers, segments, batch_size)
     assert len(cache) == 5
-    torch.testing.assert_close(cache.full_precision, plain_states[0], rtol=0, atol=0)
-    torch.testing.assert_close(cache.advance_full_precision(3), plain_states[3], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache.full_precision[:], plain_states[0], rtol=0, atol=0)
+    torch.testing.assert_close(cache.advance_full_precision(3)[:], plain_states[3], rtol=1e-5, atol=1e-5)
 
 
 def test_streams_are_independent(model, segments, plain_states):
@@ -68,8 +112,8 @@ def test_streams_are_independent(model, segments, plain_states):
     cache.advance_full_precision(2)
     model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
     cache.advance_quantized(2)
-    torch.testing.assert_close(cache.full_precision, plain_states[2], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(cache.quantized, plain_states[2], atol=1e-2)
+    torch.testing.assert_close(cache.full_precision[:], plain_states[2], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(cache.quantized[:], plain_states[2], atol=1e-2)
 
 
 @pytest.mark.parametrize("advance", ["advance_full_precision", "advance_quantized"])
@@ -87,19 +131,21 @@ def test_run_blocks_has_gradients_and_map_stream_has_none(model, segments, plain
     torch.testing.assert_close(output, plain_states[3], rtol=1e-5, atol=1e-5)
     output.sum().backward()
     assert (hidden.grad != 0).any()
-    assert not cache.map_stream(1, 3, hidden).requires_grad
+    stream = Stream(hidden, hidden.device)
+    assert not cache.map_stream(1, 3, stream)[:].requires_grad
+    torch.testing.assert_close(hidden, plain_states[1], rtol=0, atol=0)  # read, not overwritten
 
 
 def test_capture_leaves_no_hook(model, segments):
     before = count_hooks(model)
     blocks = model.model.layers
     calls = capture_block_calls(model, blocks, segments[:1])
-    capture_first_inputs(model, blocks[0], segments, 2)
+    assert len(list(capture_first_inputs(model, blocks[0], segments, 2))) == 3
     assert len(calls) == NUM_BLOCKS
     assert all("hidden_states" not in call.kwargs and call.args == () for call in calls)
     assert count_hooks(model) == before
     with pytest.raises(IndexError):  # a token id beyond the vocabulary
-        capture_first_inputs(model, blocks[0], segments + 10_000, 2)
+        next(capture_first_inputs(model, blocks[0], segments + 10_000, 2))
     with pytest.raises(IndexError):
         capture_block_calls(model, blocks, segments[:1] + 10_000)
     assert count_hooks(model) == before
@@ -143,4 +189,4 @@ def test_tuples_and_each_blocks_own_arguments(by_name):
     cache = ActivationCache(model, model.blocks, segments, batch_size=3)
     own = [BlockCall((), {"offset": i, "factor": 2}) if by_name else BlockCall((i,), {"factor": 2}) for i in range(3)]
     assert cache.calls == own
-    torch.testing.assert_close(cache.advance_full_precision(3), model(segments, use_cache=False))
+    torch.testing.assert_close(cache.advance_full_precision(3)[:], model(segments, use_cache=False))

@@ -17,7 +17,9 @@ from cbq.preprocess.cfp import CoarseToFine
 from cbq.quant.linear import FusedLinear, quantize_linears_
 from cbq.quant.rounding import DenseSTE
 from cbq.quant.scheme import QuantScheme
+from cbq.reconstruction.callbacks import WindowCurves
 from cbq.run_folder import RunFolder
+from cbq.streams.places import StreamPlacement
 
 TOKENS = torch.randint(320, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -93,6 +95,25 @@ def test_static_ranges_are_those_of_the_preprocessed_model(model) -> None:
     torch.testing.assert_close(scale, (seen[0].max() - seen[0].min()) / 255, rtol=1e-4, atol=1e-6)
 
 
+def test_streams_on_disk_and_accumulation(model, tmp_path) -> None:
+    """Arguments arrive: the same bits from disk, and 2 steps of 2 batches of 2 an epoch."""
+    rows, other = [], copy.deepcopy(model)
+    options = {"window": 4, "batch_size": 2, "accumulate_grad_batches": 2, "epochs": 1, "progress": False}
+    cbq.quantize(model, TOKENS, **options, callbacks=[WindowCurves(rows.extend)])
+    assert len(rows) == 2
+    cbq.quantize(other, TOKENS, **options, activation_cache=StreamPlacement("disk", folder=str(tmp_path)))
+    assert torch.equal(model(TOKENS).logits, other(TOKENS).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["device", "host", "disk"])
+def test_streams_beside_a_gpu(model, cache) -> None:
+    model = model.cuda()
+    _, windows = cbq.quantize(model, TOKENS, "w4a8", rounding=DenseSTE, activation_cache=cache, progress=False)
+    assert all(window.rec_loss_last < window.rec_loss_rtn for window in windows)
+    assert model(TOKENS.cuda()).logits.isfinite().all()
+
+
 def test_callbacks_and_silence(model, capsys) -> None:
     class Count(L.Callback):
         fits = 0
@@ -115,6 +136,7 @@ def test_callbacks_and_silence(model, capsys) -> None:
         ({"window": 5}, "cbd.window must be at most the model's 4 blocks"),
         ({"overlap": 2}, "cbd.overlap must be 0 to 1"),
         ({"epochs": 0}, "reconstruction.epochs"),
+        ({"activation_cache": "ram"}, "activations.cache must be one of auto, device, host, disk, got 'ram'"),
         (
             {"tokens": TOKENS[0]},
             r"tokens must be an integer tensor of shape \(segments, tokens\), got torch.int64 \(32,\)",

@@ -13,7 +13,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ROWS = (
     {"errors", "__init__"},
     {"hub"},
-    {"quant", "models", "data"},
+    {"quant", "models", "data", "streams"},
     {"activations", "quantized"},
     {"preprocess", "reconstruction", "evaluation"},
     {"checkpoint", "tracking", "cost", "results", "run_folder", "report"},

@@ -63,6 +63,15 @@ def cbq(tmp_path, monkeypatch, capsys):
         (["calibration.num_segments=0"], "calibration.num_segments"),
         (["evaluation.corpora=[wiki]"], "wikitext2"),
         (["evaluation.text_path=/no/file"], "/no/file"),
+        (["activations.cache=ram"], "activations.cache must be one of auto, device, host, disk, got 'ram'"),
+        (["activations.cach=disk"], "did you mean activations.cache?"),
+        (["activations.folder=/no/folder"], "activations.folder must be a folder to write in"),
+        (["activations.device_share=2"], "activations.device_share must be at most 1"),
+        (["reconstruction.accumulate_grad_batches=0"], "accumulate_grad_batches must be an integer of at least 1"),
+        (["debug=profil"], "'debug/profil' does not exist: it must be one of fast, none, profile"),
+        (["debug=profile", "debug.profile.batch=1"], "did you mean debug.profile.batches?"),
+        (["debug=profile", "debug.profile.skip=-1"], "debug.profile.skip must be an integer of at least 0"),
+        (["debug.profile=true"], "debug=profile turns it on"),
         (["tracking.mode=loud"], "offline, online, disabled"),
         (["seed=-1"], "seed must be an integer"),
         (["overwrite=no"], "overwrite must be true or false, got 'no'"),
@@ -102,6 +111,24 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cbq, tmp_path, overrides, said
     assert line.startswith("cbq: ")
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_for_the_streams(cbq, tmp_path, monkeypatch):
+    monkeypatch.setattr("cbq.streams.places.free_disk_bytes", lambda folder: 100_000)
+    code, _, error = cbq(*SMALL, "activations.cache=disk")
+    assert code == 2
+    (line,) = error.splitlines()
+    assert "activations.cache=disk: 2 streams take 0.000122 GiB of disk, and 9.31e-05 GiB are free" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_fast(cbq, tmp_path):
+    """What `debug` says wins over other groups, and what the user types wins over it."""
+    assert cbq("tracking.mode=disabled", "debug=fast", "reconstruction=none", "hydra.run.dir=run")[0] == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["cost"]["calibration_tokens"] == 4 * 64
+    assert results["perplexity"] == {}
+    assert (results["settings"]["reconstruction"], results["settings"]["debug"]) == ("none", "fast")
 
 
 def test_a_text_shorter_than_a_segment(cbq, tmp_path):

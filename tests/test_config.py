@@ -9,6 +9,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cbq.cli import conf_dir, flatten
+from cbq.streams.places import StreamPlacement
 
 OPTIONS = sorted(path.relative_to(conf_dir()) for path in Path(conf_dir()).glob("*/*.yaml"))
 
@@ -61,6 +62,15 @@ def test_defaults_of_a_real_model_are_section_5_1():
     assert settings["evaluation.segment_tokens"] == 2048
 
 
+def test_debug_fast_is_small_for_every_model_and_the_user_wins():
+    for overrides in ([], ["model=llama7b"], ["calibration=wikitext2"]):
+        config = compose("debug=fast", *overrides)
+        assert (config.calibration.num_segments, config.calibration.segment_tokens) == (4, 64)
+        assert (config.reconstruction.epochs, config.evaluation.corpora) == (1, [])
+    assert "epochs" not in compose("debug=fast", "reconstruction=none").reconstruction
+    assert compose("debug=fast", "calibration.num_segments=9").calibration.num_segments == 9
+
+
 def test_the_embedded_model_brings_its_own_texts_and_the_user_wins():
     assert compose().calibration._target_.endswith("embedded")
     assert compose().evaluation.corpora == ["embedded"]
@@ -72,6 +82,11 @@ def test_the_embedded_model_brings_its_own_texts_and_the_user_wins():
 @pytest.mark.parametrize("name", [option.stem for option in OPTIONS if option.parent.name == "quant"])
 def test_scheme_label_is_the_file_name(name):
     assert hydra.utils.instantiate(compose(f"quant={name}").quant).label.lower().replace("*", "_star") == name
+
+
+def test_activations_are_kept_where_the_python_api_does():
+    assert hydra.utils.instantiate(compose().activations).__dict__ == StreamPlacement().__dict__
+    assert hydra.utils.instantiate(compose("activations.cache=disk").activations).cache == "disk"
 
 
 def test_settings_are_flat_and_without_duplicates():

@@ -153,6 +153,18 @@ def test_tracking_is_not_the_experiment_in_the_real_configuration(tmp_path):
         composed("rounding.rank=4").is_finished()
 
 
+def test_where_streams_are_kept_is_not_the_experiment(tmp_path):
+    """It changes no bit of the result."""
+
+    def composed(*overrides: str) -> RunFolder:
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            return RunFolder(tmp_path, compose("config", overrides=list(overrides)))
+
+    composed("activations.cache=device").start()
+    write_results(tmp_path, {"status": "finished"})
+    assert composed("activations.cache=disk").is_finished()
+
+
 def test_linked_output(tmp_path):
     """An output that is a link to another disk: overwriting removes the link, not what it points to."""
     path, elsewhere = tmp_path / "run", tmp_path / "elsewhere"

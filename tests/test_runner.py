@@ -63,9 +63,9 @@ def short_text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short_text) -> Path:
-    """A finished run of the embedded model: W4A4, dense straight-through rounding."""
+    """A finished and traced run of the embedded model: W4A4, dense straight-through rounding."""
     folder = tmp_path_factory.mktemp("runs") / "w4a4"
-    run(folder, "quant=w4a4", "rounding=dense_ste", *on_text(short_text))
+    run(folder, "quant=w4a4", "rounding=dense_ste", "debug=profile", *on_text(short_text))
     return folder
 
 
@@ -90,6 +90,12 @@ def test_curves_hold_every_step(finished):
         total = float(row["loss/rec"]) + float(row["loss/com"])
         assert math.isclose(total, float(row["loss/total"]), rel_tol=1e-5)
         assert math.isclose(float(row["loss/l2"]) + float(row["loss/kld"]), float(row["loss/rec"]), rel_tol=1e-5)
+
+
+def test_debug_profile_leaves_a_trace(finished):
+    events = json.loads((finished / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#Adam.step" for event in events) == 3
+    assert "aten::mm" in (finished / "profile.txt").read_text()
 
 
 def test_full_precision_and_loaded_perplexities_equal_a_direct_computation(finished, short_text):
@@ -133,6 +139,30 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     curves = {name: (tmp_path / name / "metrics.csv").read_text() for name in "abc"}
     assert weights["a"] == weights["b"] != weights["c"]
     assert curves["a"] == curves["b"] != curves["c"]
+
+
+def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny_text_file):
+    """Two streams and the homologous one, statistics for preprocessing and for static ranges, a short last batch."""
+    options = ["model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={tiny_text_file}"]
+    options += ["calibration.num_segments=11", "calibration.segment_tokens=32", "evaluation=none"]
+    options += ["quant=w4a4", "quant.act_granularity=tensor", "preprocess=cfp", "rounding=dense_ste"]
+    options += ["reconstruction.homologous_weight=1.0", "reconstruction.epochs=1"]
+    (tmp_path / "files").mkdir()
+    found = {}
+    for cache in ("device", "host", "disk"):
+        folder = tmp_path / cache
+        results = run(folder, *options, f"activations.cache={cache}", f"activations.folder={tmp_path / 'files'}")
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "checkpoint",
+            "config.yaml",
+            "metrics.csv",
+            "results.json",
+        ]
+        windows = [{key: value for key, value in w.items() if "time" not in key} for w in results["windows"]]
+        weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
+        found[cache] = (weights, (folder / "metrics.csv").read_text(), windows)
+    assert list((tmp_path / "files").iterdir()) == []
+    assert found["device"] == found["host"] == found["disk"]
 
 
 def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):

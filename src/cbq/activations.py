@@ -3,10 +3,15 @@
 Shapes: N segments, B batch, T tokens, D hidden.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from cbq.streams.kinds import Stream
+from cbq.streams.places import ON_DEVICE, Place
 
 
 class _StopForward(Exception):
@@ -43,25 +48,30 @@ def capture_block_calls(model: nn.Module, blocks: nn.ModuleList, segment: torch.
     return calls
 
 
-def capture_first_inputs(model: nn.Module, block: nn.Module, segments: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Return the hidden states (N, T, D) that the model passes to its first `block` for token ids (N, T)."""
+def capture_first_inputs(
+    model: nn.Module, block: nn.Module, segments: torch.Tensor, batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Yield the hidden states (B, T, D) that the model passes to its first `block` for token ids (N, T), in order."""
     captured: list[torch.Tensor] = []
 
     def stop(block: nn.Module, args: tuple, kwargs: dict) -> None:
         captured.append(args[0] if args else kwargs["hidden_states"])
         raise _StopForward
 
-    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            for batch in segments.split(batch_size):
-                try:
-                    model(input_ids=batch, use_cache=False)
-                except _StopForward:
-                    continue
-    finally:
-        hook.remove()
-    return torch.cat(captured)
+    for batch in segments.split(batch_size):
+        hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad(), suppress(_StopForward):
+                model(input_ids=batch, use_cache=False)
+        finally:
+            hook.remove()
+        yield captured.pop()
+
+
+def stream_bytes(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> int:
+    """Return how large a stream of `segments`, token ids (N, T), is."""
+    segment = segments[:1].to(next(model.parameters()).device)
+    return len(segments) * next(capture_first_inputs(model, blocks[0], segment, 1)).nbytes
 
 
 class ActivationCache:
@@ -69,31 +79,57 @@ class ActivationCache:
 
     The quantized stream is the input of block `quantized_at`: all earlier blocks are quantized and finished. The
     full-precision stream runs ahead of it, at block `full_precision_at`: the targets of a window are its state after
-    the window's last block. Neither is ever recomputed from block 0.
+    the window's last block. Neither is ever recomputed from block 0; both are overwritten as they move on.
 
     Args:
         model: the language model; its blocks must be in the full-precision state.
         blocks: the model's blocks.
         segments: token ids, (N, T).
         batch_size: segments a forward pass where no gradient is needed.
+        place: where streams are kept.
 
     Attributes:
         full_precision: (N, T, D).
-        quantized: (N, T, D).
+        quantized: (N, T, D); None for who needs one stream only.
+        device: the model's.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, batch_size: int = 8) -> None:
-        segments = segments.to(next(model.parameters()).device)
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        segments: torch.Tensor,
+        batch_size: int = 8,
+        place: Place = ON_DEVICE,
+    ) -> None:
+        self.device = next(model.parameters()).device
+        segments = segments.to(self.device)
         self.blocks = blocks
         self.batch_size = batch_size
+        self.place = place
         self.calls = capture_block_calls(model, blocks, segments[:1])
-        self.full_precision = capture_first_inputs(model, blocks[0], segments, batch_size)
-        self.quantized = self.full_precision
+        self.full_precision = self._first_stream(model, segments)
+        self.quantized: Stream | None = self.full_precision  # until one of them moves on
         self.full_precision_at = 0
         self.quantized_at = 0
 
     def __len__(self) -> int:
         return len(self.full_precision)
+
+    def _first_stream(self, model: nn.Module, segments: torch.Tensor) -> Stream:
+        """Return the input of the first block."""
+        stream = None
+        batches = capture_first_inputs(model, self.blocks[0], segments, self.batch_size)
+        for part, batch in zip(self.parts(len(segments)), batches, strict=True):
+            if stream is None:
+                stream = self.place.make((len(segments), *batch.shape[1:]), batch.dtype, self.device)
+            stream[part] = batch
+        return stream
+
+    def parts(self, num_segments: int) -> list[slice]:
+        """Return where the batches of the first `num_segments` segments are in a stream."""
+        starts = range(0, num_segments, self.batch_size)
+        return [slice(start, min(start + self.batch_size, num_segments)) for start in starts]
 
     def run_blocks(self, start: int, stop: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output (B, T, D) of blocks start to stop - 1 for the input `hidden` (B, T, D)."""
@@ -103,27 +139,39 @@ class ActivationCache:
         return hidden
 
     @torch.no_grad()
-    def map_stream(self, start: int, stop: int, stream: torch.Tensor) -> torch.Tensor:
-        """Return what blocks start to stop - 1 make of a whole `stream` (N, T, D), with no gradient."""
+    def map_stream(self, start: int, stop: int, stream: Stream, output: Stream | None = None) -> Stream:
+        """Return what blocks start to stop - 1 make of a whole `stream` (N, T, D), with no gradient.
+
+        Args:
+            start: the block whose input `stream` is.
+            stop: one past the last block.
+            stream: is read batch by batch.
+            output: is written batch by batch, and may be `stream` itself; a new one if None.
+        """
         if start == stop:
             return stream
-        output = torch.empty_like(stream)
-        for batch, place in zip(stream.split(self.batch_size), output.split(self.batch_size), strict=True):
-            with autocast(batch.device):
-                place.copy_(self.run_blocks(start, stop, batch))
+        if output is None:
+            output = self.place.make(stream.shape, stream.dtype, self.device)
+        parts = self.parts(len(stream))
+        batches = self.place.feed(([stream[part]] for part in parts), self.device)
+        for part, (batch,) in zip(parts, batches, strict=True):
+            with autocast(self.device):
+                output[part] = self.run_blocks(start, stop, batch)
         return output
 
-    def advance_full_precision(self, stop: int) -> torch.Tensor:
+    def advance_full_precision(self, stop: int) -> Stream:
         """Move the full-precision stream on to the input of block `stop`, and return it: a window's targets."""
         assert stop >= self.full_precision_at, "the full-precision stream only moves forward"
-        self.full_precision = self.map_stream(self.full_precision_at, stop, self.full_precision)
+        output = None if self.full_precision is self.quantized else self.full_precision
+        self.full_precision = self.map_stream(self.full_precision_at, stop, self.full_precision, output)
         self.full_precision_at = stop
         return self.full_precision
 
-    def advance_quantized(self, stop: int) -> torch.Tensor:
+    def advance_quantized(self, stop: int) -> Stream:
         """Move the quantized stream on to the input of block `stop`, through blocks that are finished."""
         assert stop >= self.quantized_at, "the quantized stream only moves forward"
-        self.quantized = self.map_stream(self.quantized_at, stop, self.quantized)
+        output = None if self.quantized is self.full_precision else self.quantized
+        self.quantized = self.map_stream(self.quantized_at, stop, self.quantized, output)
         self.quantized_at = stop
         return self.quantized
 

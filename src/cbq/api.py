@@ -1,10 +1,13 @@
 """The method as one function, on a transformers model in memory: no configuration, no files."""
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import lightning as L
 import torch
 
+from cbq.activations import stream_bytes
 from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.models.loading import PreTrainedModel
@@ -20,6 +23,7 @@ from cbq.reconstruction.module import LearningRates
 from cbq.reconstruction.solver import Reconstruction, WindowResult
 from cbq.reconstruction.windows import SlidingWindows
 from cbq.report.progress import WindowProgress
+from cbq.streams.places import StreamPlacement
 
 
 def quantize(
@@ -34,6 +38,8 @@ def quantize(
     learning_rates: LearningRates | None = None,
     epochs: int = 3,
     batch_size: int = 1,
+    accumulate_grad_batches: int = 1,
+    activation_cache: str | StreamPlacement = "auto",
     seed: int = 0,
     callbacks: Sequence[L.Callback] = (),
     progress: bool = True,
@@ -52,7 +58,10 @@ def quantize(
         loss: Eq. 7 if None.
         learning_rates: of the step sizes; the paper's if None.
         epochs: passes over the segments, a window.
-        batch_size: segments a step.
+        batch_size: segments a batch.
+        accumulate_grad_batches: batches an optimizer step.
+        activation_cache: where hidden states are kept: `device`, `host`, `disk` (in the system's folder for temporary
+            files), `auto`, which is the first of them with room, or a `StreamPlacement`. The result is the same.
         seed: of everything random.
         callbacks: Lightning callbacks for every window's fit.
         progress: show windows, losses and the time left.
@@ -77,20 +86,24 @@ def quantize(
         learning_rates or LearningRates(),
         epochs=epochs,
         batch_size=batch_size,
+        accumulate_grad_batches=accumulate_grad_batches,
         seed=seed,
     )
     check_tokens(tokens, model.config.vocab_size)
+    placement = StreamPlacement(activation_cache) if isinstance(activation_cache, str) else activation_cache
+    num_bytes = stream_bytes(model, blocks, tokens)
+    place = placement.choose(solver.num_streams, num_bytes, model.device, Path(tempfile.gettempdir()))
     L.seed_everything(seed, verbose=False)
     make_quantizable_(model, blocks, scheme)
     model.eval().requires_grad_(False)
-    (preprocess or NoPreprocessing()).apply_(model, blocks, tokens)
-    set_act_ranges_(model, blocks, tokens)
+    (preprocess or NoPreprocessing()).apply_(model, blocks, tokens, place)
+    set_act_ranges_(model, blocks, tokens, place)
     with WindowProgress() as display:
         listeners = [*callbacks, display] if progress else list(callbacks)
         if progress:
             display.start(len(plan), [solver.steps(len(tokens))] * len(plan))
         on_window = display.finish_window if progress else lambda result: None
-        return model, reconstruct_(model, blocks, tokens, plan, solver, listeners, on_window)
+        return model, reconstruct_(model, blocks, tokens, plan, solver, listeners, on_window, place)
 
 
 def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:

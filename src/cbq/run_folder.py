@@ -11,9 +11,9 @@ from cbq.errors import InputError, check_flag
 from cbq.results import RESULTS_NAME, read_results
 
 CONFIG_NAME = "config.yaml"
-OUTPUTS = (RESULTS_NAME, CONFIG_NAME, "metrics.csv", "checkpoint", "wandb", "state")
+OUTPUTS = (RESULTS_NAME, CONFIG_NAME, "metrics.csv", "checkpoint", "wandb", "state", "trace.json", "profile.txt")
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "tracking", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "runner")
 
 
 class RunFolder:

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import lightning as L
 import torch
 from rich.console import Console
 from torch import nn
 
+from cbq.activations import stream_bytes
 from cbq.checkpoint import fused_linears, save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
-from cbq.errors import check_seed
+from cbq.errors import InputError, check_seed
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.models.loading import LoadedModel
@@ -28,6 +30,7 @@ from cbq.report.progress import WindowProgress
 from cbq.report.summary import print_summary
 from cbq.results import environment, write_results
 from cbq.run_folder import RunFolder
+from cbq.streams.places import Place, StreamPlacement
 from cbq.tracking import Tracker
 
 SCALE_BITS = 16  # what engines store a scale in
@@ -44,7 +47,9 @@ class Runner:
         solver: how a window is solved.
         calibration: the segments that windows learn from.
         evaluation: the texts of the perplexities.
+        activations: where the hidden states between blocks are kept.
         tracker: where curves go.
+        profile: makes what traces some steps, from the folder to write to.
         folder: the run folder.
         method: its name, for results.
         settings: every option, flat, for results.
@@ -63,13 +68,17 @@ class Runner:
         solver: Reconstruction | NoReconstruction,
         calibration: Calibration,
         evaluation: PerplexityEvaluation,
+        activations: StreamPlacement,
         tracker: Tracker,
+        profile: Callable[[Path], L.Callback] | None,
         folder: RunFolder,
         method: str,
         settings: dict,
         seed: int,
     ) -> None:
         check_seed("seed", seed)
+        if profile is not None and not callable(profile):
+            raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
         self.load_model = load_model
         self.scheme = scheme
         self.preprocess = preprocess
@@ -77,7 +86,9 @@ class Runner:
         self.solver = solver
         self.calibration = calibration
         self.evaluation = evaluation
+        self.activations = activations
         self.tracker = tracker
+        self.profile = profile and profile(folder.path)
         self.folder = folder
         self.method = method
         self.settings = settings
@@ -91,15 +102,15 @@ class Runner:
         """Quantize, evaluate and save; return what `results.json` holds."""
         L.seed_everything(self.seed, verbose=False)
         reset_peak_device_memory(self.device)
-        loaded, segments, plan = self.prepare()
+        loaded, segments, plan, place = self.prepare()
         perplexity = {"full_precision": self.evaluate(loaded, "full precision")}
         texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
-        set_act_ranges_(loaded.model, loaded.blocks, segments)
+        set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
             perplexity["rtn"] = self.evaluate(loaded, "round-to-nearest")
-        self.preprocess.apply_(loaded.model, loaded.blocks, segments)
-        set_act_ranges_(loaded.model, loaded.blocks, segments)
-        windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan)
+        self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
+        set_act_ranges_(loaded.model, loaded.blocks, segments, place)
+        windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
         perplexity["quantized"] = self.evaluate(loaded, self.scheme.label)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
@@ -107,12 +118,12 @@ class Runner:
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
 
-    def prepare(self) -> tuple[LoadedModel, torch.Tensor, list[Window]]:
+    def prepare(self) -> tuple[LoadedModel, torch.Tensor, list[Window], Place]:
         """Load everything and try every option, so that a mistake shows before hours of work.
 
         Returns:
             the model on its device, its block linears in the full-precision state; calibration token ids
-            (N, T); the windows.
+            (N, T); the windows; where streams are kept.
         """
         self.tracker.check()
         loaded = self.load_model()
@@ -122,6 +133,8 @@ class Runner:
         self.evaluation.prepare(loaded.tokenizer, vocab_size, loaded.context)
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         loaded.model.to(self.device)
+        num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
+        place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
         self.results = {
             "status": "running",
             "model": loaded.name,
@@ -138,9 +151,10 @@ class Runner:
         self.tracker.start(self.folder.path, f"{loaded.name} {self.scheme.label} {self.method}", self.settings, tags)
         self.console.print(
             f"{loaded.name}: {len(loaded.blocks)} blocks to {self.scheme.label} in {len(plan)} windows, "
-            f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}"
+            f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "
+            f"activations on {place.name}"
         )
-        return loaded, segments, plan
+        return loaded, segments, plan, place
 
     def evaluate(self, loaded: LoadedModel, what: str) -> dict[str, float]:
         """Return the perplexity of each corpus in the model's present state."""
@@ -151,13 +165,13 @@ class Runner:
         return perplexity
 
     def reconstruct(
-        self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window]
+        self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window], place: Place
     ) -> list[WindowResult]:
         """Solve every window, shown and recorded; the blocks end fused."""
         with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
             progress.start(len(plan), [self.solver.steps(len(segments))] * len(plan))
-            callbacks = [WindowCurves(self.tracker.log), progress]
-            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, progress.finish_window)
+            callbacks = [WindowCurves(self.tracker.log), progress, *([self.profile] if self.profile else [])]
+            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, progress.finish_window, place)
 
     def finish(
         self, model: nn.Module, perplexity: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor

@@ -26,7 +26,7 @@ def test_ranges_equal_those_of_the_plain_forward(tiny_llama_folder: Path) -> Non
     for hook in hooks:
         hook.remove()
     seen = 0
-    for block, ranges in zip(blocks, input_statistics(model, blocks, segments, 40), strict=True):
+    for block, ranges in zip(blocks, input_statistics(model, blocks, segments, num_samples=40), strict=True):
         for name, found in ranges.items():
             x = inputs[block.get_submodule(name)]
             torch.testing.assert_close(found.low, x.amin((0, 1)), rtol=1e-4, atol=1e-5)

@@ -56,6 +56,19 @@ def test_a_step_that_is_not_finite_is_not_taken(make_setup, make_solver, loss: b
         assert result.rec_loss_last < result.rec_loss_rtn
 
 
+def test_one_bad_batch_spoils_its_accumulated_step(make_setup, make_solver) -> None:
+    """Also where only its loss is bad, not its gradient."""
+
+    class SpoilOne(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+            if batch_index == 2:  # the first of the second step's two
+                module.losses["loss/total"] = torch.tensor(float("inf"))
+
+    solver = make_solver(epochs=1, batch_size=1, accumulate_grad_batches=2)
+    result = solver.solve(WINDOWS[0], make_setup(W4A4).cache, [SpoilOne()])
+    assert result.guard.startswith("1 steps skipped: not finite")
+
+
 def test_some_in_a_row_begin_again_at_a_lower_rate(make_setup, make_solver) -> None:
     setup, spoil = make_setup(W4A4), Spoil(set(range(4, 9)))
     result = make_solver(epochs=4).solve(WINDOWS[0], setup.cache, [spoil])

@@ -124,6 +124,21 @@ def test_total_loss(make_setup, beta):
     assert not any(value.requires_grad for value in module.losses.values())
 
 
+def test_losses_are_means_over_the_batches_of_a_step(make_setup):
+    setup = make_setup(QuantScheme(4, 4))
+    batches = [[setup.cache.quantized[i : i + 1], torch.randn(1, 32, 64)] for i in range(5)]
+    alone, module = make_module(setup), make_module(setup, accumulate_grad_batches=3)
+    singles, means = [], []
+    for index, batch in enumerate(batches):
+        alone.training_step(batch, index)
+        singles.append({name: loss.item() for name, loss in alone.losses.items()})
+        module.training_step(batch, index)
+        means.append({name: loss.item() for name, loss in module.losses.items()})
+    for index, among in ((0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (3, [3]), (4, [3, 4])):
+        expected = {name: np.mean([singles[i][name] for i in among]) for name in singles[0]}
+        assert means[index] == pytest.approx(expected, rel=1e-5)
+
+
 def test_homologous_term(make_setup):
     """The second target enters with its weight, under its own names."""
     setup = make_setup(QuantScheme(4, 4))

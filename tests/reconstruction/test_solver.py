@@ -18,9 +18,11 @@ from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.solver import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
+from cbq.streams.kinds import Stream
 
 W2A16, W4A4, W16A4 = QuantScheme(2, 16), QuantScheme(4, 4), QuantScheme(16, 4)
 W4A4_QKV4 = QuantScheme(4, 4, qkv_bits=4)
+INTEGERS = ("epochs", "batch_size", "accumulate_grad_batches")
 MULTIPLIERS = ("scale_multiplier", "range_multiplier")
 PARAMETERS_OF = {
     DenseSTE: {"offset_values"},
@@ -166,7 +168,7 @@ def test_quantized_stream_is_the_finished_model(run):
     setup = run(W4A4)
     with torch.no_grad():
         states = setup.model(setup.segments, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(setup.model.model.norm(setup.cache.quantized), states[-1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(setup.model.model.norm(setup.cache.quantized[:]), states[-1], rtol=1e-4, atol=1e-4)
     assert not quant_linears(setup.model)
     assert sum(isinstance(module, FusedLinear) for module in setup.model.modules()) == 4 * 7
 
@@ -180,7 +182,7 @@ def test_targets_and_inputs_of_the_second_window(solve_two, tiny_llama, segments
         inputs = setup.model(segments, output_hidden_states=True).hidden_states[1]  # block 0 is finished
         targets = tiny_llama(segments, output_hidden_states=True).hidden_states[3]
         plain = ActivationCache(tiny_llama, tiny_llama.model.layers, segments)
-        homologous = plain.map_stream(1, 3, inputs)
+        homologous = plain.map_stream(1, 3, Stream(inputs, inputs.device))[:]
     distances = torch.cdist(torch.cat([batch[0] for batch in batches]).flatten(1), inputs.flatten(1))
     order = distances.argmin(1)
     assert sorted(order.tolist()) == list(range(8)), "every segment once an epoch"
@@ -236,6 +238,7 @@ def baselines() -> dict[str, torch.Tensor]:
         {"seed": 1},
         {"epochs": 3},
         {"batch_size": 4},
+        {"accumulate_grad_batches": 2},
         {},
     ],
     ids=lambda change: ", ".join(change) or "the same again",
@@ -299,14 +302,36 @@ def test_no_reconstruction_is_round_to_nearest(make_setup):
         assert result.changed_integers == 0
 
 
-@pytest.mark.parametrize(("epochs", "batch_size", "steps"), [(2, 2, 8), (3, 1, 24), (2, 3, 6), (2, 8, 2), (3, 100, 3)])
-def test_steps(make_setup, make_solver, epochs, batch_size, steps):
-    """Also for a batch larger than the sample, and for one that does not divide it."""
-    setup, solver = make_setup(W2A16), make_solver(epochs=epochs, batch_size=batch_size)
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "accumulate", "steps"),
+    [(2, 2, 1, 8), (3, 1, 1, 24), (2, 3, 1, 6), (2, 8, 1, 2), (3, 100, 1, 3), (2, 1, 3, 6), (2, 3, 2, 4), (1, 2, 9, 1)],
+)
+def test_steps(make_setup, make_solver, epochs, batch_size, accumulate, steps):
+    """Also for a batch larger than the sample, and where they do not divide it."""
+    solver = make_solver(epochs=epochs, batch_size=batch_size, accumulate_grad_batches=accumulate)
+    setup, rows = make_setup(W2A16), []
     watcher = Watcher(setup)
-    solver.solve(SlidingWindows(1).plan(4)[0], setup.cache, [watcher])
-    assert solver.steps(8) == len(watcher.batches) == steps
+    solver.solve(SlidingWindows(1).plan(4)[0], setup.cache, [watcher, WindowCurves(rows.extend)])
+    assert solver.steps(8) == len(rows) == steps
+    assert len(watcher.batches) == epochs * -(-8 // batch_size)
     assert sum(len(batch[0]) for batch in watcher.batches) == 8 * epochs
+
+
+def test_accumulated_batches_are_one_larger_batch(make_setup, make_solver):
+    """Losses, rates, beta and hardening of every step, and what is learned, up to the order of summation."""
+    rows, learned = ([], []), []
+    for record, options in zip(rows, ({"batch_size": 4}, {"batch_size": 2, "accumulate_grad_batches": 2}), strict=True):
+        setup = make_setup(W4A4)
+        solver = make_solver(AdaRound, 1e-2, epochs=4, warmup=0.25, hard_start=0.75, **options)
+        assert solver.solve(SlidingWindows(2).plan(4)[0], setup.cache, [WindowCurves(record.extend)]).guard is None
+        learned.append({name: p for name, p in setup.model.named_parameters() if name.endswith(MULTIPLIERS)})
+    assert len(rows[0]) == 8
+    assert [row["loss/com"] > 0 for row in rows[0]] == [False] * 2 + [True] * 4 + [False] * 2
+    for large, small in zip(*rows, strict=True):
+        assert small == pytest.approx(large, rel=1e-3)
+    for name, parameter in learned[0].items():
+        torch.testing.assert_close(learned[1][name], parameter, rtol=1e-3, atol=1e-5)
+    assert any((parameter != 1).any() for parameter in learned[0].values())
 
 
 @pytest.mark.parametrize("kind", [LoRASTE, AdaRound])
@@ -322,7 +347,7 @@ def test_model_is_left_as_it_was_found(solve_two, kind):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[(f"reconstruction.{key}", v) for key in ("epochs", "batch_size") for v in (0, -1, 1.5, 2.0, True, "2", None)],
+        *[(f"reconstruction.{key}", v) for key in INTEGERS for v in (0, -1, 1.5, 2.0, True, "2", None)],
         *[
             (f"reconstruction.{key}", v)
             for key in ("compensation_weight", "homologous_weight")

@@ -51,8 +51,9 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(progress: WindowProgress, module: Module, max_steps: int = -1) -> None:
+def fit(progress: WindowProgress, module: Module, max_steps: int = -1, accumulate: int = 1) -> None:
     trainer = L.Trainer(
+        accumulate_grad_batches=accumulate,
         max_epochs=EPOCHS,
         max_steps=max_steps,
         accelerator="cpu",
@@ -106,6 +107,18 @@ def test_plain_lines_inside_long_windows(clock):
     # The latest tenth: steps 13 and 14.
     assert lines[0] == "window 1/3  blocks 0-1  step 15/20  loss 0.865  30.0 s  left 1:30"
     assert lines[1] == "window 1/3  blocks 0-1  loss 2.5 (nearest) -> 1.25  41.0 s  left 1:22"
+
+
+def test_accumulated_batches_count_once(clock):
+    console = make_console(terminal=False)
+    with WindowProgress(console) as progress:
+        progress.start(num_windows=1, steps_per_window=[STEPS // 5])
+        fit(progress, Module(0, 1, clock, 3.0, None), accumulate=5)
+    # Two steps an epoch, each of 5 batches of 3 seconds.
+    assert [line.split("  loss")[0] for line in console.file.getvalue().splitlines()] == [
+        "window 1/1  block 0  step 2/4",
+        "window 1/1  block 0  step 4/4",
+    ]
 
 
 def test_one_bar_on_a_terminal(clock):

@@ -14,6 +14,7 @@ from cbq.models.families import ScalingPair, find_family, head_dim
 from cbq.preprocess.outliers import RESERVED, largest_reserved
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
+from cbq.streams.places import ON_DEVICE, Place
 
 ROWS_AT_ONCE = 256
 SMALLEST_CHANNEL_SCALE = 1e-2  # a channel that is always zero is not blown up without end
@@ -96,16 +97,17 @@ class CoarseToFine:
         self.channel_scale = CHANNEL_SCALES[relative_to]
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights and the ranges of their weight quantizers; the model computes what it did.
 
         Args:
             model: the language model, its linears in the full-precision state.
             blocks: its blocks.
             segments: calibration token ids, (N, T).
+            place: where streams are kept meanwhile.
         """
         pairs = find_family(model.config).scaling_pairs if self.activations else ()
-        statistics = input_statistics(model, blocks, segments) if pairs else ({} for _ in blocks)
+        statistics = input_statistics(model, blocks, segments, place) if pairs else ({} for _ in blocks)
         for block, ranges in zip(blocks, statistics, strict=True):
             linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
             # Before activations are scaled: that makes columns of weights larger on purpose.

@@ -14,6 +14,7 @@ from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.affine import to_groups
 from cbq.quant.linear import QuantLinear
 from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
+from cbq.streams.places import ON_DEVICE, Place
 
 RATIOS = tuple(1 - step / 20 for step in range(15))  # of the whole range that searches try: 1 to 0.3
 NUM_SAMPLES = 512
@@ -95,15 +96,16 @@ class Clipping(ABC):
         self.weights, self.activations = weights, activations
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the ranges of the blocks' quantizers.
 
         Args:
             model: the language model, its linears in the full-precision state.
             blocks: its blocks.
             segments: calibration token ids, (N, T).
+            place: where streams are kept meanwhile.
         """
-        statistics = input_statistics(model, blocks, segments, self.num_samples)
+        statistics = input_statistics(model, blocks, segments, place, self.num_samples)
         for block, of_linears in zip(blocks, statistics, strict=True):
             for name, inputs in of_linears.items():
                 self.set_ranges_(block.get_submodule(name), inputs)

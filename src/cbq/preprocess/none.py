@@ -3,15 +3,18 @@
 import torch
 from torch import nn
 
+from cbq.streams.places import ON_DEVICE, Place
+
 
 class NoPreprocessing:
     """Leaves the model as it came: the other end of every preprocessing ablation."""
 
-    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Do nothing.
 
         Args:
             model: the language model, its linears in the full-precision state.
             blocks: its blocks.
             segments: calibration token ids, (N, T).
+            place: where streams are kept meanwhile.
         """

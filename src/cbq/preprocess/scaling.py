@@ -24,6 +24,7 @@ from cbq.models.families import ScalingPair, find_family, head_dim
 from cbq.preprocess.clipping import clip_for_outputs
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
+from cbq.streams.places import ON_DEVICE, Place
 
 NUM_SAMPLES = 512  # tokens that a search compares outputs on
 SMALLEST_SCALE = 1e-4
@@ -40,15 +41,18 @@ class ChannelScaling(ABC):
         self.num_samples = num_samples
 
     @torch.no_grad()
-    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights and the ranges of their weight quantizers; the model computes what it did.
 
         Args:
             model: the language model, its linears in the full-precision state.
             blocks: its blocks.
             segments: calibration token ids, (N, T).
+            place: where streams are kept meanwhile.
         """
-        for block, statistics in zip(blocks, input_statistics(model, blocks, segments, self.num_samples), strict=True):
+        for block, statistics in zip(
+            blocks, input_statistics(model, blocks, segments, place, self.num_samples), strict=True
+        ):
             for pair in find_family(model.config).scaling_pairs:
                 if self.takes(block.get_submodule(pair.producer)):
                     self.scale_(Channels(pair, block, statistics, head_dim(model.config)))

@@ -12,6 +12,7 @@ from torch import nn
 from cbq.activations import ActivationCache
 from cbq.quant.linear import quant_linears
 from cbq.quant.quantizer import StaticActQuantizer
+from cbq.streams.places import ON_DEVICE, Place
 
 
 @dataclass
@@ -66,7 +67,7 @@ class _Collector:
 
 
 def input_statistics(
-    model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, num_samples: int = 0
+    model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE, num_samples: int = 0
 ) -> Iterator[dict[str, InputStatistics]]:
     """Yield, for each block in order, what the input of each of its linears was, by their names.
 
@@ -76,10 +77,11 @@ def input_statistics(
         model: the language model, its linears in the full-precision state.
         blocks: its blocks.
         segments: calibration token ids, (N, T).
+        place: where the stream is kept.
         num_samples: tokens to keep.
     """
-    cache = ActivationCache(model, blocks, segments)
-    del cache.quantized  # one stream is enough here
+    cache = ActivationCache(model, blocks, segments, place=place)
+    cache.quantized = None  # one stream is enough here
     every = -(-segments.numel() // num_samples) if num_samples else 0
     for index, block in enumerate(blocks):
         linears = {name: module for name, module in block.named_modules() if getattr(module, "in_features", None)}
@@ -93,7 +95,7 @@ def input_statistics(
         yield {name: collector.statistics() for name, collector in collectors.items()}
 
 
-def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
     """Give every static activation quantizer of the blocks the range of its linear's input; where there is none, do
     nothing.
 
@@ -101,10 +103,11 @@ def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Ten
         model: the language model, its linears in the full-precision state.
         blocks: its blocks.
         segments: calibration token ids, (N, T).
+        place: where the stream is kept meanwhile.
     """
     if not any(isinstance(linear.act_quantizer, StaticActQuantizer) for linear in quant_linears(blocks)):
         return
-    for block, statistics in zip(blocks, input_statistics(model, blocks, segments), strict=True):
+    for block, statistics in zip(blocks, input_statistics(model, blocks, segments, place), strict=True):
         for name, found in statistics.items():
             quantizer = block.get_submodule(name).act_quantizer
             if isinstance(quantizer, StaticActQuantizer):

@@ -110,6 +110,8 @@ class WindowCurves(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: WindowModule, outputs: object, batch: object, batch_index: int
     ) -> None:
+        if len(self.losses) == len(self.rows):
+            return  # gradients are still accumulated
         self.names = list(module.losses)
         self.losses.append(torch.stack([value.float().to(outputs["loss"].device) for value in module.losses.values()]))
 

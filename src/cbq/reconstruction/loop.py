@@ -11,6 +11,7 @@ from cbq.activations import ActivationCache
 from cbq.quant.linear import fuse_linears_
 from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
 from cbq.reconstruction.windows import Window
+from cbq.streams.places import ON_DEVICE, Place
 
 
 def reconstruct_(
@@ -21,6 +22,7 @@ def reconstruct_(
     solver: Reconstruction | NoReconstruction,
     callbacks: list[L.Callback],
     on_window: Callable[[WindowResult], None],
+    place: Place = ON_DEVICE,
 ) -> list[WindowResult]:
     """Solve every window, handing the quantized stream from one to the next; the blocks end fused.
 
@@ -32,10 +34,11 @@ def reconstruct_(
         solver: how a window is solved.
         callbacks: listeners of every fit.
         on_window: told of each finished window.
+        place: where streams are kept.
 
     Source: Figure 2.
     """
-    cache = ActivationCache(model, blocks, segments)
+    cache = ActivationCache(model, blocks, segments, place=place)
     results = []
     for window in plan:
         results.append(solver.solve(window, cache, callbacks))

@@ -45,10 +45,12 @@ class WindowModule(L.LightningModule):
         learning_rates: of the step sizes.
         homologous_weight: weight of a second reconstruction term whose target is the full-precision blocks on the
             quantized stream; 0 leaves it out.
+        accumulate_grad_batches: batches an optimizer step.
 
     Attributes:
         beta: the exponent of Eq. 12, or None while the compensation loss is off. Set by `BetaAnnealing`.
-        losses: the last step's loss terms by logged name, detached, on the device.
+        losses: the loss terms by logged name, detached, on the device: means over the batches of the present
+            optimizer step so far.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class WindowModule(L.LightningModule):
         compensation_weight: float,
         learning_rates: LearningRates,
         homologous_weight: float = 0.0,
+        accumulate_grad_batches: int = 1,
     ) -> None:
         super().__init__()
         self.window = window
@@ -66,6 +69,7 @@ class WindowModule(L.LightningModule):
         self.loss = loss
         self.compensation_weight = compensation_weight
         self.homologous_weight = homologous_weight
+        self.accumulate_grad_batches = accumulate_grad_batches
         self.beta: float | None = None
         self.losses: dict[str, torch.Tensor] = {}
         # The blocks stay out of this module's registry: `parameters()` holds nothing frozen, and Lightning's move to
@@ -118,11 +122,16 @@ class WindowModule(L.LightningModule):
             terms |= {f"homologous_{name}": term for name, term in second_terms.items()}
         compensation_loss = self.compensation_loss()
         total_loss = reconstruction_loss + self.compensation_weight * compensation_loss
-        self.losses = {f"loss/{name}": term.detach() for name, term in terms.items()} | {
+        losses = {f"loss/{name}": term.detach() for name, term in terms.items()} | {
             "loss/rec": reconstruction_loss.detach(),
             "loss/com": torch.as_tensor(compensation_loss).detach(),
             "loss/total": total_loss.detach(),
         }
+        position = batch_index % self.accumulate_grad_batches
+        if position:
+            means = self.losses
+            losses = {name: means[name] + (loss - means[name]) / (position + 1) for name, loss in losses.items()}
+        self.losses = losses
         return total_loss
 
     def configure_optimizers(self) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import lightning as L
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache, autocast
 from cbq.errors import InputError, check_flag, check_number
@@ -23,6 +23,7 @@ from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.windows import Window
+from cbq.streams.kinds import Segments, Stream
 
 MEASURED_SEGMENTS = 32  # a window's loss is reported on this many of its segments
 
@@ -58,6 +59,8 @@ class WindowResult:
 class NoReconstruction:
     """Solves nothing: every linear is rounded to nearest (the upper half of Table 3a)."""
 
+    num_streams = 2
+
     def __init__(self, loss: ReconstructionLoss) -> None:
         self.loss = loss
 
@@ -83,7 +86,10 @@ class Reconstruction:
         rounding: makes a linear's rounding from its out_features and in_features.
         learning_rates: of S_W and S_X.
         epochs: passes over the calibration segments, a window.
-        batch_size: segments a step.
+        batch_size: segments a batch.
+        accumulate_grad_batches: batches an optimizer step, their gradients averaged: the steps of a larger batch in
+            the memory of a small one. Where they do not divide, the last step of an epoch has fewer batches and a
+            smaller gradient, as Lightning has it.
         compensation_weight: the gamma of Eq. 13.
         beta_start: see `BetaAnnealing`.
         beta_end: see `BetaAnnealing`.
@@ -106,6 +112,7 @@ class Reconstruction:
         learning_rates: LearningRates,
         epochs: int = 3,
         batch_size: int = 1,
+        accumulate_grad_batches: int = 1,
         compensation_weight: float = 1.0,
         beta_start: float = 20.0,
         beta_end: float = 2.0,
@@ -115,7 +122,8 @@ class Reconstruction:
         restart: bool = False,
         seed: int = 0,
     ) -> None:
-        for key, value in {"epochs": epochs, "batch_size": batch_size}.items():
+        batches = {"batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
+        for key, value in ({"epochs": epochs} | batches).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction.{key} must be an integer of at least 1, got {value!r}")
         for key, value in {
@@ -132,8 +140,10 @@ class Reconstruction:
         self.learning_rates = learning_rates
         self.epochs = epochs
         self.batch_size = batch_size
+        self.accumulate_grad_batches = accumulate_grad_batches
         self.compensation_weight = compensation_weight
         self.homologous_weight = homologous_weight
+        self.num_streams = 3 if homologous_weight else 2  # of hidden states at one time
         self.restart = restart
         self.seed = seed
         self.hardening = HardRounding(hard_start)
@@ -142,7 +152,7 @@ class Reconstruction:
 
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps a window takes."""
-        return self.epochs * -(-num_segments // self.batch_size)
+        return self.epochs * -(-num_segments // (self.batch_size * self.accumulate_grad_batches))
 
     def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
         """Learn the window's blocks; their roundings end hard, their linears in the learned state.
@@ -162,7 +172,13 @@ class Reconstruction:
         with quant_state(blocks, QuantState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
         module = WindowModule(
-            window, cache, self.loss, self.compensation_weight, self.learning_rates, self.homologous_weight
+            window,
+            cache,
+            self.loss,
+            self.compensation_weight,
+            self.learning_rates,
+            self.homologous_weight,
+            self.accumulate_grad_batches,
         )
         guard, last = None, first
         if module.groups:
@@ -229,7 +245,7 @@ class Reconstruction:
         for module in modules:
             module.requires_grad_(False)
 
-    def _fit(self, module: WindowModule, targets: torch.Tensor, callbacks: list[L.Callback]) -> None:
+    def _fit(self, module: WindowModule, targets: Stream, callbacks: list[L.Callback]) -> None:
         """Fit one window with a Trainer of its own."""
         window, cache = module.window, module.cache
         streams = [cache.quantized, targets]
@@ -237,16 +253,17 @@ class Reconstruction:
             with quant_state(list(module.blocks), QuantState.FULL_PRECISION):
                 streams.append(cache.map_stream(window.start, window.stop, cache.quantized))
         order = torch.Generator().manual_seed(self.seed * 100_003 + window.start)
-        loader = DataLoader(TensorDataset(*streams), self.batch_size, shuffle=True, generator=order)
+        loader = DataLoader(Segments(streams), self.batch_size, shuffle=True, generator=order, collate_fn=list)
         for rounding in module.roundings:
             rounding.soften_()
         module.learned.requires_grad_(True)
-        device = targets.device
+        device = cache.device
         trainer = L.Trainer(
             accelerator=device.type if device.type != "cuda" else "gpu",
             devices=1 if device.type != "cuda" else [device.index or 0],
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             max_steps=self.steps(len(cache)),
+            accumulate_grad_batches=self.accumulate_grad_batches,
             callbacks=[self.annealing, self.hardening, self.finite_steps, *callbacks],
             logger=False,
             enable_checkpointing=False,
@@ -259,7 +276,7 @@ class Reconstruction:
             # Lightning's own use of torch, not ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             try:
-                trainer.fit(module, loader)
+                trainer.fit(module, cache.place.feed(loader, cache.device))
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
@@ -277,11 +294,11 @@ def window_blocks(window: Window, cache: ActivationCache) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def measure(window: Window, cache: ActivationCache, targets: torch.Tensor, loss: ReconstructionLoss) -> float:
+def measure(window: Window, cache: ActivationCache, targets: Stream, loss: ReconstructionLoss) -> float:
     """Return the window's reconstruction loss over the first `MEASURED_SEGMENTS` segments, in its present state."""
     total, count = 0.0, 0
-    hidden, targets = cache.quantized[:MEASURED_SEGMENTS], targets[:MEASURED_SEGMENTS]
-    for batch, target in zip(hidden.split(cache.batch_size), targets.split(cache.batch_size), strict=True):
+    for part in cache.parts(min(len(cache), MEASURED_SEGMENTS)):
+        batch, target = cache.quantized[part], targets[part]
         with autocast(batch.device):
             total += loss(target, cache.run_blocks(window.start, window.stop, batch))[0].item() * len(batch)
         count += len(batch)

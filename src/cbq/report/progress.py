@@ -55,7 +55,7 @@ class WindowProgress(L.Callback):
 
         Args:
             num_windows: How many `finish_window` will end.
-            steps_per_window: Training batches of each window, all epochs together; 0 where nothing is learned.
+            steps_per_window: Optimizer steps of each window, all epochs together; 0 where nothing is learned.
         """
         assert len(steps_per_window) == num_windows, f"{len(steps_per_window)} step counts for {num_windows} windows"
         self.stop()
@@ -91,8 +91,10 @@ class WindowProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a step; show it if the last news is old enough."""
-        self._step += 1
+        """Count an optimizer step; show it if the last news is old enough."""
+        if trainer.global_step == self._step:
+            return  # gradients are still accumulated
+        self._step = trainer.global_step
         self._latest_losses.append(pl_module.losses["loss/rec"])
         now = time.monotonic()
         if self._bar is not None and now - self._read_time >= READ_SECONDS:
