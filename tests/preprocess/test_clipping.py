@@ -27,8 +27,8 @@ SEGMENTS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(0
 
 @pytest.fixture
 def weight() -> torch.Tensor:
-    """12 rows of 16, heavy-tailed."""
-    return torch.randn(12, 16, generator=torch.Generator().manual_seed(1)).pow(3)
+    """12 rows of 64, heavy-tailed."""
+    return torch.randn(12, 64, generator=torch.Generator().manual_seed(1)).pow(3)
 
 
 def rounded(row: torch.Tensor, ratio: float, bits: int) -> torch.Tensor:
@@ -38,18 +38,18 @@ def rounded(row: torch.Tensor, ratio: float, bits: int) -> torch.Tensor:
     return torch.fake_quantize_per_tensor_affine(row, scale, round(-low / scale), 0, 2**bits - 1)
 
 
-@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("of_outputs", [False, True])
 def test_search_equals_trying_everything(weight, group_size, bits, of_outputs):
     """Ratios whose errors are equal but for the last digits may differ: errors are compared."""
-    sample = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 5, 16)
+    sample = torch.randn(90, 64, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 5, 64)
     quantizer = WeightQuantizer(weight, bits, group_size)
     clipped = clip_for_outputs(quantizer, weight, sample) if of_outputs else clip_for_weights(quantizer, weight)
-    size = 16 if group_size == -1 else group_size
+    size = 64 if group_size == -1 else group_size
     smaller = 0
     for number, (row, cut) in enumerate(zip(weight.view(-1, size), clipped.view(-1, size), strict=True)):
-        group = number % (16 // size)
+        group = number % (64 // size)
         x = sample[:, group * size : (group + 1) * size] if of_outputs else torch.eye(size)
         errors = [(x @ (rounded(row, ratio, bits) - row)).square().sum().item() for ratio in RATIOS]
         best = RATIOS[int(np.argmin(errors))]
@@ -85,7 +85,7 @@ def test_percentile_is_numpys(weight):
     limits = np.percentile(weight.abs().numpy(), 90.0, axis=1)
     expected = np.clip(weight.numpy(), -limits[:, None], limits[:, None])
     np.testing.assert_allclose(method.clip(WeightQuantizer(weight, 4), weight).numpy(), expected, rtol=1e-5)
-    sample = torch.cat([weight, torch.zeros(1, 16)])
+    sample = torch.cat([weight, torch.zeros(1, 64)])
     shares = limits / weight.abs().numpy().max(1)
     assert method.ratio(ActQuantizer(4), sample) == pytest.approx(shares.mean(), rel=1e-5), (
         "a row of zeros says nothing"
