@@ -20,7 +20,8 @@ from cbq.quantized import make_quantizable_
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates
-from cbq.reconstruction.solver import Reconstruction, WindowResult
+from cbq.reconstruction.result import WindowResult
+from cbq.reconstruction.solver import Reconstruction
 from cbq.reconstruction.windows import SlidingWindows
 from cbq.report.progress import WindowProgress
 from cbq.streams.places import StreamPlacement

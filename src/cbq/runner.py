@@ -24,7 +24,9 @@ from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
 from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
-from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
+from cbq.reconstruction.none import NoReconstruction
+from cbq.reconstruction.result import WindowResult
+from cbq.reconstruction.solver import Reconstruction
 from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.progress import WindowProgress
 from cbq.report.summary import print_summary

@@ -19,7 +19,9 @@ from cbq.quant.scheme import QuantScheme
 from cbq.quantized import make_quantizable_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates
-from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
+from cbq.reconstruction.none import NoReconstruction
+from cbq.reconstruction.result import WindowResult
+from cbq.reconstruction.solver import Reconstruction
 from cbq.reconstruction.windows import SlidingWindows
 
 SEED = 7

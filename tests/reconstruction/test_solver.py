@@ -16,7 +16,7 @@ from cbq.quant.state import QuantState, quant_state
 from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.losses import ReconstructionLoss
-from cbq.reconstruction.solver import NoReconstruction
+from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
 from cbq.streams.kinds import Stream
 

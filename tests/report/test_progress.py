@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-from cbq.reconstruction.solver import WindowResult
+from cbq.reconstruction.result import WindowResult
 from cbq.report import progress as progress_module
 from cbq.report.progress import WindowProgress
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import fuse_linears_
-from cbq.reconstruction.solver import NoReconstruction, Reconstruction, WindowResult
+from cbq.reconstruction.none import NoReconstruction
+from cbq.reconstruction.result import WindowResult
+from cbq.reconstruction.solver import Reconstruction
 from cbq.reconstruction.windows import Window
 from cbq.streams.places import ON_DEVICE, Place
 

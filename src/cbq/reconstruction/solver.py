@@ -1,18 +1,17 @@
-"""How a window is solved: by gradients (`Reconstruction`), or not at all (`NoReconstruction`)."""
+"""How a window is solved by gradients."""
 
 import logging
 import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cbq.activations import ActivationCache, autocast
+from cbq.activations import ActivationCache
 from cbq.errors import InputError, check_flag, check_number
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import act_quantizers
@@ -22,60 +21,12 @@ from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
 from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
+from cbq.reconstruction.result import WindowResult, measure, window_blocks
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Segments, Stream
 
-MEASURED_SEGMENTS = 32  # a window's loss is reported on this many of its segments
-
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)  # one "GPU available" banner a window
-
-
-@dataclass
-class WindowResult:
-    """What became of a window; losses are reconstruction losses with hard rounding.
-
-    Args:
-        start: first block.
-        stop: one past the last block.
-        rec_loss_first: before the window was solved.
-        rec_loss_last: after.
-        rec_loss_rtn: rounded to nearest, each weight's range covered whole.
-        changed_integers: share of the window's integers that differ from round-to-nearest.
-        wall_time_seconds: for solving, measuring included.
-        guard: what kept the window sound, in words, or None: nothing was needed.
-    """
-
-    start: int
-    stop: int
-    rec_loss_first: float
-    rec_loss_last: float
-    rec_loss_rtn: float
-    changed_integers: float
-    wall_time_seconds: float
-    guard: str | None = None
-
-
-class NoReconstruction:
-    """Solves nothing: every linear is rounded to nearest (the upper half of Table 3a)."""
-
-    num_streams = 2
-
-    def __init__(self, loss: ReconstructionLoss) -> None:
-        self.loss = loss
-
-    def steps(self, num_segments: int) -> int:
-        """Return how many optimizer steps a window takes."""
-        return 0
-
-    def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
-        """Put the window's linears into the learned state, with nothing learned."""
-        began = time.perf_counter()
-        targets = cache.advance_full_precision(window.stop)
-        for module in quantized_modules(window_blocks(window, cache)):
-            module.state = QuantState.LEARNED
-        loss = measure(window, cache, targets, self.loss)
-        return WindowResult(window.start, window.stop, loss, loss, loss, 0.0, time.perf_counter() - began)
 
 
 class Reconstruction:
@@ -286,20 +237,3 @@ class Reconstruction:
         module.learned.requires_grad_(False)
         module.zero_grad()  # the next window makes its own
         module.learned.to(device)  # Lightning moves what it trained to the CPU
-
-
-def window_blocks(window: Window, cache: ActivationCache) -> list[nn.Module]:
-    """Return the window's blocks."""
-    return list(cache.blocks[window.start : window.stop])
-
-
-@torch.no_grad()
-def measure(window: Window, cache: ActivationCache, targets: Stream, loss: ReconstructionLoss) -> float:
-    """Return the window's reconstruction loss over the first `MEASURED_SEGMENTS` segments, in its present state."""
-    total, count = 0.0, 0
-    for part in cache.parts(min(len(cache), MEASURED_SEGMENTS)):
-        batch, target = cache.quantized[part], targets[part]
-        with autocast(batch.device):
-            total += loss(target, cache.run_blocks(window.start, window.stop, batch))[0].item() * len(batch)
-        count += len(batch)
-    return total / count

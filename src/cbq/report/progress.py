@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from cbq.cost import format_duration
-from cbq.reconstruction.solver import WindowResult
+from cbq.reconstruction.result import WindowResult
 
 READ_SECONDS = 0.5  # at most this often a loss is read: on a GPU, reading waits for the work in flight
 LINE_SECONDS = 30.0  # a log of plain lines shows that a long window is alive
