@@ -1,8 +1,8 @@
 """How time and memory grow: exponents fitted over a few sizes of one thing, all else kept.
 
 Time is that of `cbq.quantize` on a small random-weight model. It should be linear in blocks, segments, tokens, epochs
-and windows; what an exponent lacks to 1 is work that does not grow (for epochs, targets and measuring; for the tokens
-of a segment, the fake-quantization of the weights; for the width, everything but the matrix products). Memory is the peak
+and windows; what an exponent lacks to 1 is work that does not grow: for epochs targets and measuring, for the tokens of
+a segment the fake-quantization of the weights, for the width everything but the matrix products. Memory is the peak
 above the loaded model: it grows with the window and not with the model.
 """
 
