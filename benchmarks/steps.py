@@ -25,8 +25,9 @@ from benchmarks.plan import Plan
 from benchmarks.rows import Row, Skipped
 from benchmarks.shapes import ROUNDINGS, BlocksOfAWindow
 from cbq.activations import autocast
-from cbq.quant.linear import LinearState, quant_linears
+from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState
 from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding, WindowCurves
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
@@ -91,7 +92,7 @@ class WindowSteps:
         for linear in quant_linears(list(self.cache.blocks)):  # as a solve leaves them: the next one goes on
             linear.rounding = ROUNDINGS[work.rounding](linear.out_features, linear.in_features).to(device)
             linear.rounding.requires_grad_(False)
-            linear.state = LinearState.LEARNED
+            linear.state = QuantState.LEARNED
 
     def lightning(self) -> float:
         """Solve the window and time its steps; what comes before and after them in `solve` is not timed."""

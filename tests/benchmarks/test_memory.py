@@ -9,8 +9,9 @@ from benchmarks import memory
 from benchmarks.memory import Work, formula, kept_bytes_per_token, kept_bytes_per_weight, learned_numbers, shortage
 from benchmarks.shapes import SIZES, BlocksOfAWindow, random_model
 from benchmarks.steps import WindowSteps
-from cbq.quant.linear import LinearState, quant_linears
+from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.windows import Window
@@ -25,7 +26,7 @@ def test_kept_activations_are_what_autograd_keeps(scheme):
     """Of a block whose input needs a gradient, as that of a window's second one does."""
     blocks = BlocksOfAWindow(SIZE, QuantScheme.parse(scheme), 1, CPU, num_blocks=1)
     for linear in quant_linears(list(blocks.cache.blocks)):
-        linear.state = LinearState.LEARNED
+        linear.state = QuantState.LEARNED
         linear.weight_quantizer.scale_multiplier.requires_grad_(True)
         if linear.act_quantizer:
             linear.act_quantizer.range_multiplier.requires_grad_(True)
