@@ -167,7 +167,7 @@ class AdaRound(SigmoidRounding):
     Source: Eq. 8, 9 and 12 ("w/ Adarounding" and "w/ Rounding" of Table 3b).
     """
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float = 1e-2) -> None:
+    def __init__(self, out_features: int, in_features: int, learning_rate: float = 1e-1) -> None:
         super().__init__(learning_rate)
         self.logits = nn.Parameter(torch.zeros(out_features, in_features))
 

@@ -66,7 +66,7 @@ class HardRounding(L.Callback):
     Source: end of section 3.2, Delta_W = round(Delta_W) "in the later phase"; the paper does not print when.
     """
 
-    def __init__(self, start: float = 0.6667) -> None:
+    def __init__(self, start: float = 0.3333) -> None:
         check_number(start)
         if not 0 < start <= 1:
             raise InputError(f"reconstruction.hard_start must be above 0 and at most 1, got {start}")

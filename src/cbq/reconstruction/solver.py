@@ -68,7 +68,7 @@ class Reconstruction:
         beta_start: float = 20.0,
         beta_end: float = 2.0,
         warmup: float = 0.2,
-        hard_start: float = 0.6667,
+        hard_start: float = 0.3333,
         homologous_weight: float = 0.0,
         restart: bool = False,
         seed: int = 0,
