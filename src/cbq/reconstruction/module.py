@@ -11,6 +11,7 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import quant_linears
+from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.windows import Window
 
@@ -75,13 +76,15 @@ class WindowModule(L.LightningModule):
             for linear in quant_linears(list(cache.blocks[window.rounding_start : window.stop]))
             if linear.weight_quantizer is not None
         )
+        quantizers = [q for linear in self.linears for q in (linear.weight_quantizer, linear.act_quantizer)]
+        self.quantizers = tuple(quantizer for quantizer in quantizers if quantizer is not None)
         self.groups = self._parameter_groups(learning_rates)
         self.learned = nn.ParameterList([p for group in self.groups.values() for p in group["params"]])
 
     def _parameter_groups(self, learning_rates: LearningRates) -> dict[str, dict]:
         """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
-        weight_quantizers = [linear.weight_quantizer for linear in self.linears if linear.weight_quantizer]
-        act_quantizers = [linear.act_quantizer for linear in self.linears if linear.act_quantizer]
+        weight_quantizers = [quantizer for quantizer in self.quantizers if isinstance(quantizer, WeightQuantizer)]
+        act_quantizers = [quantizer for quantizer in self.quantizers if isinstance(quantizer, ActQuantizer)]
         rounding_rate = self.roundings[0].learning_rate if self.roundings else 0.0
         groups = {
             "weight_scale": ([q.scale_multiplier for q in weight_quantizers], learning_rates.weight_scale),
@@ -98,7 +101,7 @@ class WindowModule(L.LightningModule):
         """Return the compensation losses of the last forward, averaged over the window's linears; 0 while it is off."""
         if self.beta is None:
             return 0.0
-        penalties = [rounding.penalty(self.beta) for rounding in self.roundings]
+        penalties = [rounding.penalty() for rounding in self.roundings]
         penalties = [penalty for penalty in penalties if penalty is not None]
         return sum(penalties) / len(penalties) if penalties else 0.0
 
@@ -108,6 +111,8 @@ class WindowModule(L.LightningModule):
         Source: Eq. 13.
         """
         hidden, target, *homologous = batch
+        for rounding in self.roundings:
+            rounding.beta = self.beta
         output = self(hidden)
         reconstruction_loss, terms = self.loss(target, output)
         if homologous:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cbq.activations import ActivationCache, autocast
 from cbq.errors import InputError, check_flag, check_number
+from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import LinearState, QuantLinear, linear_state, quant_linears
 from cbq.quant.rounding import Rounding
 from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
@@ -88,6 +89,7 @@ class Reconstruction:
         hard_start: share of the steps after which rounding is hard; beta reaches beta_end there.
         homologous_weight: see `WindowModule`.
         restart: learn a block in an overlap anew instead of going on from what the previous window learned.
+        compile: fake quantization by `torch.compile`: true, false, or auto (see `choose_kernels`).
         seed: of the order of the segments.
 
     Raises:
@@ -110,6 +112,7 @@ class Reconstruction:
         hard_start: float = 0.6667,
         homologous_weight: float = 0.0,
         restart: bool = False,
+        compile: bool | str = "auto",
         seed: int = 0,
     ) -> None:
         for key, value in {"epochs": epochs, "batch_size": batch_size}.items():
@@ -124,6 +127,7 @@ class Reconstruction:
         }.items():
             check_number(key, value)
         check_flag("reconstruction.restart", restart)
+        check_compile(compile)
         self.loss = loss
         self.rounding = rounding
         self.learning_rates = learning_rates
@@ -132,6 +136,7 @@ class Reconstruction:
         self.compensation_weight = compensation_weight
         self.homologous_weight = homologous_weight
         self.restart = restart
+        self.compile = compile
         self.seed = seed
         self.hardening = HardRounding(hard_start)
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
@@ -246,13 +251,15 @@ class Reconstruction:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        work = trainer.max_steps * sum(linear.weight.numel() for linear in module.linears)
         with warnings.catch_warnings():
             # Tensors in memory need no loader workers.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # Lightning's own use of torch, not ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             try:
-                trainer.fit(module, loader)
+                with run_by(module.quantizers, choose_kernels(self.compile, device, work)):
+                    trainer.fit(module, loader)
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
