@@ -57,7 +57,8 @@ def make_pair(
         rounding.harden_()
 
     def installed() -> Outputs:
-        return quantizer(weight, rounding), rounding.penalty(BETA)
+        rounding.beta = BETA if not hard else None
+        return quantizer(weight, rounding), rounding.penalty()
 
     def chain() -> Outputs:
         return reference.fake_quantize(kind, quantizer, weight, rounding, BETA)

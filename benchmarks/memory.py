@@ -173,8 +173,9 @@ def kept_bytes_per_weight(rounding: str, device: torch.device) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kind.beta = BETA
         F.linear(x, quantizer(weight, kind).to(weight.dtype)).sum()
-        kind.penalty(BETA)
+        kind.penalty()
     large = [t.untyped_storage().nbytes() for key, t in kept.items() if key not in known and t.numel() > out_features]
     return sum(large) / weight.numel()
 

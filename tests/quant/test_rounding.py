@@ -233,15 +233,18 @@ def test_sigmoid_gradient_equals_finite_difference(kind, weight):
 def test_penalty_is_that_of_the_last_forward(kind, weight):
     quantizer = WeightQuantizer(weight, 4)
     rounding = make(kind)
-    assert rounding.penalty(2.0) is None, "nothing was computed yet"
+    quantizer(weight, rounding)
+    assert rounding.penalty() is None, "it is off"
+    rounding.beta = 2.0
     quantizer(weight, rounding)
     steps = weight / quantizer.scale.squeeze(-1)
     expected = (1 - (2 * (steps - steps.floor()) - 1).square()).mean().item()
-    penalty = rounding.penalty(2.0)
+    penalty = rounding.penalty()
+    assert rounding.penalty() is None, "it is handed over once"
     assert penalty.item() == pytest.approx(expected, rel=1e-5)
     disturb_(rounding, 0.3)
     quantizer(weight, rounding)
-    rounding.penalty(2.0).backward()
+    rounding.penalty().backward()
     assert all((parameter.grad != 0).any() for parameter in rounding.parameters())
 
 
@@ -249,22 +252,25 @@ def test_penalty_is_that_of_the_last_forward(kind, weight):
 def test_no_penalty_when_hard_or_frozen(kind, weight):
     quantizer = WeightQuantizer(weight, 4)
     rounding = make(kind)
+    rounding.beta = 2.0
     quantizer(weight, rounding)
     rounding.harden_()
-    assert rounding.penalty(2.0) is None
+    assert rounding.penalty() is None
     quantizer(weight, rounding)
-    assert rounding.penalty(2.0) is None
+    assert rounding.penalty() is None
     rounding.soften_()
+    rounding.beta = 2.0
     rounding.requires_grad_(False)
     quantizer(weight, rounding)
-    assert rounding.penalty(2.0) is None
+    assert rounding.penalty() is None
 
 
 @pytest.mark.parametrize("kind", STRAIGHT_THROUGH_KINDS)
 def test_straight_through_has_no_penalty(kind, weight):
     rounding = make(kind)
+    rounding.beta = 2.0
     WeightQuantizer(weight, 4)(weight, rounding)
-    assert rounding.penalty(2.0) is None
+    assert rounding.penalty() is None
 
 
 @pytest.mark.parametrize("rank", [0, -1, True, 1.5, 2.0, "3", None], ids=repr)

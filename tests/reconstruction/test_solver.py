@@ -340,7 +340,7 @@ def test_model_is_left_as_it_was_found(solve_two, kind):
     setup, _ = solve_two(W4A4, kind=kind, hard_start=1.0)
     assert not any(block.training or block.self_attn.training for block in setup.blocks)
     for linear in quant_linears(setup.model):
-        assert getattr(linear.rounding, "last_values", None) is None
+        assert linear.rounding.last_penalty is None
         assert all(parameter.grad is None for parameter in linear.parameters()), "a gradient stays in memory"
 
 
@@ -360,6 +360,7 @@ def test_model_is_left_as_it_was_found(solve_two, kind):
         ],
         *[("rounding.learning_rate", v) for v in (-1e-3, "1e-3", None)],
         *[("reconstruction.hard_start", v) for v in (0, 2)],
+        *[("reconstruction.compile", v) for v in ("yes", "true", 1, None, [True])],
     ],
     ids=repr,
 )

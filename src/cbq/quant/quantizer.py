@@ -15,6 +15,10 @@ from cbq.quant.affine import (
     quantize_affine,
     to_groups,
 )
+from cbq.quant.formulas import NEAREST
+from cbq.quant.fused import fake_quantize
+from cbq.quant.kernels import Blocked, Kernels
+from cbq.quant.logits import Fusion, NoLogits
 from cbq.quant.rounding import Rounding
 
 SMALLEST_MULTIPLIER = 0.05  # a learned step size never reaches 0, where it would divide by 0 or flip sign
@@ -28,6 +32,9 @@ class WeightQuantizer(nn.Module):
         bits: 2 to 8.
         group_size: input features that share a scale; -1 for one scale a row.
         symmetric: no zero point.
+
+    Attributes:
+        kernels: what computes `forward`.
 
     Raises:
         InputError: `group_size` does not divide I.
@@ -49,6 +56,7 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("zero_point", None)
         self.set_range_(weight)
         self.scale_multiplier = nn.Parameter(torch.ones_like(self.initial_scale))
+        self.kernels: Kernels = Blocked()
 
     def set_range_(self, weight: torch.Tensor) -> None:
         """Cover the range of `weight` (O, I): the weight itself, or a copy without its outliers, which then clip."""
@@ -71,9 +79,22 @@ class WeightQuantizer(nn.Module):
         return quantize_affine(groups, self.initial_scale, self.zero_point, self.quant_min, self.quant_max)
 
     def forward(self, weight: torch.Tensor, rounding: Rounding) -> torch.Tensor:
-        """Return `weight` (O, I) quantized and dequantized, float32."""
-        scale = self.scale
-        return dequantize_affine(self.integers(weight, rounding, scale), scale, self.zero_point).flatten(1)
+        """Return `weight` (O, I) quantized and dequantized, in its own dtype."""
+        scale, fusion = self.scale, rounding.fusion()
+        if fusion is None or weight.requires_grad:  # by hand there is no gradient of the weight itself
+            integers = self.integers(weight, rounding, scale)
+            return dequantize_affine(integers, scale, self.zero_point).flatten(1).to(weight.dtype)
+        weight, rounding.last_penalty = fake_quantize(
+            self.kernels,
+            fusion,
+            weight,
+            scale,
+            self.initial_scale,
+            self.zero_point,
+            (self.quant_min, self.quant_max),
+            tuple(rounding.parameters()),
+        )
+        return weight
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
         """Return `weight` (O, I) rounded to nearest, its whole range covered, float32: as without any learning."""
@@ -106,6 +127,7 @@ class ActQuantizer(nn.Module):
         self.quant_min, self.quant_max = quant_range(bits)
         self.register_buffer("clip_ratio", torch.ones(()))
         self.range_multiplier = nn.Parameter(torch.ones(()))
+        self.kernels: Kernels = Blocked()
 
     def set_range_(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Do nothing: each token brings its own range."""
@@ -126,8 +148,10 @@ class ActQuantizer(nn.Module):
         """Return x (..., T, I) quantized and dequantized with step sizes `multiplier` times those of its range."""
         with torch.no_grad():
             scale, zero_point = self.qparams(x)
-        scale = scale * multiplier
-        return fake_quantize_affine(x.float(), scale, zero_point, self.quant_min, self.quant_max).to(x.dtype)
+        # One row for each step size: a token, or all of a tensor.
+        rows, scale = x.reshape(scale.numel(), -1), (scale * multiplier).view(-1, 1, 1)
+        grid = scale, scale, zero_point.view(-1, 1, 1), (self.quant_min, self.quant_max)
+        return fake_quantize(self.kernels, Fusion(NEAREST, NoLogits()), rows, *grid)[0].view_as(x)
 
 
 class StaticActQuantizer(ActQuantizer):

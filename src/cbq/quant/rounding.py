@@ -18,9 +18,8 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.quant.affine import round_ste
-
-ZETA = 1.1
-GAMMA = -0.1
+from cbq.quant.formulas import GAMMA, HARD_SIGMOID, NEAREST, SOFT_SIGMOID, STRAIGHT_THROUGH, ZETA
+from cbq.quant.logits import DenseLogits, Fusion, LogitsSource, LowRankLogits, NoLogits
 
 
 def rectified_sigmoid(rounding_logits: torch.Tensor) -> torch.Tensor:
@@ -71,13 +70,23 @@ def compensation_loss(rounding_values: torch.Tensor, beta: float | torch.Tensor)
 class Rounding(nn.Module, ABC):
     """How one linear's weight is rounded: the interface of every kind.
 
+    `forward` is the definition, in plain autograd. `fusion` says how the same is computed in one pass.
+
     Args:
         learning_rate: Adam's rate for this rounding's parameters.
+
+    Attributes:
+        beta: the exponent of Eq. 12 in the next forwards, or None while the compensation loss is off.
+        last_penalty: the compensation loss of the last forward, until `penalty` takes it.
     """
+
+    source: LogitsSource = NoLogits()
 
     def __init__(self, learning_rate: float) -> None:
         super().__init__()
         self.learning_rate = learning_rate
+        self.beta: float | None = None
+        self.last_penalty: torch.Tensor | None = None
 
     @abstractmethod
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -92,9 +101,14 @@ class Rounding(nn.Module, ABC):
             (O, G, g), integers (or, for the sigmoid kinds before hardening, values between two integers).
         """
 
-    def penalty(self, beta: float) -> torch.Tensor | None:
-        """Return the compensation loss of the last forward's values, or None where there is nothing to regularize."""
+    def fusion(self) -> Fusion | None:
+        """Return what computes `forward` and what follows it in one pass, or None: there is none for this kind."""
         return None
+
+    def penalty(self) -> torch.Tensor | None:
+        """Hand over the compensation loss of the last forward, or None where there is nothing to regularize."""
+        penalty, self.last_penalty = self.last_penalty, None
+        return penalty
 
     def harden_(self) -> None:
         """Make every following forward return integers; gradients pass straight through."""
@@ -119,6 +133,9 @@ class Nearest(Rounding):
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return round_ste(groups / scale)
 
+    def fusion(self) -> Fusion:
+        return Fusion(NEAREST, self.source)
+
 
 class SigmoidRounding(Rounding):
     """floor(W / s) + Delta_W, where s is the initial scale.
@@ -130,7 +147,6 @@ class SigmoidRounding(Rounding):
     def __init__(self, learning_rate: float) -> None:
         super().__init__(learning_rate)
         self.hard = False
-        self.last_values: torch.Tensor | None = None
 
     @abstractmethod
     def rounding_logits(self) -> torch.Tensor:
@@ -142,15 +158,18 @@ class SigmoidRounding(Rounding):
         values = shifted_rectified_sigmoid(steps - low, self.rounding_logits().view_as(groups))
         if self.hard:  # the late phase at the end of section 3.2
             return round_ste(low + values)
-        self.last_values = values if values.requires_grad else None
+        if self.beta is not None and values.requires_grad:
+            self.last_penalty = compensation_loss(values, self.beta)
         return low + values
 
-    def penalty(self, beta: float) -> torch.Tensor | None:
-        values, self.last_values = self.last_values, None
-        return None if values is None else compensation_loss(values, beta)
+    def fusion(self) -> Fusion:
+        if self.hard:
+            return Fusion(HARD_SIGMOID, self.source)
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        return Fusion(SOFT_SIGMOID, self.source, self.beta if learns else None)
 
     def harden_(self) -> None:
-        self.hard, self.last_values = True, None
+        self.hard, self.beta, self.last_penalty = True, None, None
 
     def soften_(self) -> None:
         self.hard = False
@@ -166,6 +185,8 @@ class AdaRound(SigmoidRounding):
 
     Source: Eq. 8, 9 and 12 ("w/ Adarounding" and "w/ Rounding" of Table 3b).
     """
+
+    source = DenseLogits()
 
     def __init__(self, out_features: int, in_features: int, learning_rate: float = 1e-1) -> None:
         super().__init__(learning_rate)
@@ -187,6 +208,8 @@ class LoRARounding(SigmoidRounding):
     Source: Eq. 8, 11 and 12.
     """
 
+    source = LowRankLogits()
+
     def __init__(self, out_features: int, in_features: int, learning_rate: float = 1e-4, rank: int = 5) -> None:
         super().__init__(learning_rate)
         self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
@@ -205,6 +228,9 @@ class StraightThroughRounding(Rounding):
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return round_ste(groups / scale + self.offset().view_as(groups).clamp(-0.5, 0.5))
 
+    def fusion(self) -> Fusion:
+        return Fusion(STRAIGHT_THROUGH, self.source)
+
 
 class DenseSTE(StraightThroughRounding):
     """round(W / s + offset), one offset a weight.
@@ -216,6 +242,8 @@ class DenseSTE(StraightThroughRounding):
 
     Note: not in the paper. The dense form of METHOD 2; in our measurements the strongest kind.
     """
+
+    source = DenseLogits()
 
     def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3) -> None:
         super().__init__(learning_rate)
@@ -237,6 +265,8 @@ class LoRASTE(StraightThroughRounding):
     Note: not in the paper. A low-rank V cannot saturate the sigmoid of every element, so hardening jumps back
         towards round-to-nearest; a straight-through offset has nothing to saturate (METHOD 2).
     """
+
+    source = LowRankLogits()
 
     def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3, rank: int = 5) -> None:
         super().__init__(learning_rate)

@@ -11,7 +11,7 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import quant_linears
-from cbq.quant.quantizer import act_quantizers
+from cbq.quant.quantizer import WeightQuantizer, act_quantizers
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.windows import Window
 
@@ -80,13 +80,15 @@ class WindowModule(L.LightningModule):
             for linear in quant_linears(list(cache.blocks[window.rounding_start : window.stop]))
             if linear.weight_quantizer is not None
         )
+        blocks = list(self.blocks)
+        weight_quantizers = [linear.weight_quantizer for linear in quant_linears(blocks) if linear.weight_quantizer]
+        self.quantizers = (*weight_quantizers, *act_quantizers(blocks))
         self.groups = self._parameter_groups(learning_rates)
         self.learned = nn.ParameterList([p for group in self.groups.values() for p in group["params"]])
 
     def _parameter_groups(self, learning_rates: LearningRates) -> dict[str, dict]:
         """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
-        linears = quant_linears(list(self.blocks))
-        weight_scales = [linear.weight_quantizer.scale_multiplier for linear in linears if linear.weight_quantizer]
+        weight_scales = [q.scale_multiplier for q in self.quantizers if isinstance(q, WeightQuantizer)]
         act_scales = [quantizer.range_multiplier for quantizer in act_quantizers(list(self.blocks))]
         rounding_rate = self.roundings[0].learning_rate if self.roundings else 0.0
         groups = {
@@ -104,7 +106,7 @@ class WindowModule(L.LightningModule):
         """Return the compensation losses of the last forward, averaged over the window's linears; 0 while it is off."""
         if self.beta is None:
             return 0.0
-        penalties = [rounding.penalty(self.beta) for rounding in self.roundings]
+        penalties = [rounding.penalty() for rounding in self.roundings]
         penalties = [penalty for penalty in penalties if penalty is not None]
         return sum(penalties) / len(penalties) if penalties else 0.0
 
@@ -114,6 +116,8 @@ class WindowModule(L.LightningModule):
         Source: Eq. 13.
         """
         hidden, target, *homologous = batch
+        for rounding in self.roundings:
+            rounding.beta = self.beta
         output = self(hidden)
         reconstruction_loss, terms = self.loss(target, output)
         if homologous:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache
 from cbq.errors import InputError, check_flag, check_number
+from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import act_quantizers
 from cbq.quant.rounding import Rounding
@@ -48,6 +49,7 @@ class Reconstruction:
         hard_start: share of the steps after which rounding is hard; beta reaches beta_end there.
         homologous_weight: see `WindowModule`.
         restart: learn a block in an overlap anew instead of going on from what the previous window learned.
+        compile: fake quantization by `torch.compile`: true, false, or auto (see `choose_kernels`).
         seed: of the order of the segments.
 
     Raises:
@@ -71,6 +73,7 @@ class Reconstruction:
         hard_start: float = 0.3333,
         homologous_weight: float = 0.0,
         restart: bool = False,
+        compile: bool | str = "auto",
         seed: int = 0,
     ) -> None:
         batches = {"batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
@@ -86,6 +89,7 @@ class Reconstruction:
         }.items():
             check_number(key, value)
         check_flag("reconstruction.restart", restart)
+        check_compile(compile)
         self.loss = loss
         self.rounding = rounding
         self.learning_rates = learning_rates
@@ -96,6 +100,7 @@ class Reconstruction:
         self.homologous_weight = homologous_weight
         self.num_streams = 3 if homologous_weight else 2  # of hidden states at one time
         self.restart = restart
+        self.compile = compile
         self.seed = seed
         self.hardening = HardRounding(hard_start)
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
@@ -221,13 +226,15 @@ class Reconstruction:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        work = trainer.max_steps * sum(linear.weight.numel() for linear in quant_linears(list(module.blocks)))
         with warnings.catch_warnings():
             # Tensors in memory need no loader workers.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # Lightning's own use of torch, not ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             try:
-                trainer.fit(module, cache.place.feed(loader, cache.device))
+                with run_by(module.quantizers, choose_kernels(self.compile, device, work)):
+                    trainer.fit(module, cache.place.feed(loader, cache.device))
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
