@@ -136,6 +136,7 @@ def test_callbacks_and_silence(model, capsys) -> None:
         ({"window": 5}, "cbd.window must be at most the model's 4 blocks"),
         ({"overlap": 2}, "cbd.overlap must be 0 to 1"),
         ({"epochs": 0}, "reconstruction.epochs"),
+        ({"activation_cache": None}, "activations.cache must be one of"),
         ({"activation_cache": "ram"}, "activations.cache must be one of auto, device, host, disk, got 'ram'"),
         (
             {"tokens": TOKENS[0]},

@@ -91,7 +91,8 @@ def quantize(
         seed=seed,
     )
     check_tokens(tokens, model.config.vocab_size)
-    placement = StreamPlacement(activation_cache) if isinstance(activation_cache, str) else activation_cache
+    own = isinstance(activation_cache, StreamPlacement)
+    placement = activation_cache if own else StreamPlacement(activation_cache)
     num_bytes = stream_bytes(model, blocks, tokens)
     place = placement.choose(solver.num_streams, num_bytes, model.device, Path(tempfile.gettempdir()))
     L.seed_everything(seed, verbose=False)

@@ -17,7 +17,7 @@ class StepProfiler(L.Callback):
     """Traces some batches of the first window that is learned, and writes `trace.json` and `profile.txt`.
 
     The trace is for chrome://tracing or Perfetto; the table lists the most expensive operators, by their own time on
-    the GPU where there is one and on the CPU otherwise. What a shorter window does not have is left out, from the
+    the GPU where there is one and on the CPU otherwise. What the first epoch does not have is left out, from the
     skipped batches first.
 
     Args:
@@ -43,9 +43,8 @@ class StepProfiler(L.Callback):
         if self.done:
             return
         self.done = True
-        total = trainer.max_steps * trainer.accumulate_grad_batches
-        batches = min(self.batches, total)
-        skip = min(self.skip, total - batches)
+        batches = min(self.batches, trainer.num_training_batches)
+        skip = min(self.skip, trainer.num_training_batches - batches)
         warmup = min(1, skip)  # the profiler's own start
         self.profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
