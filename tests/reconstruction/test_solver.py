@@ -206,7 +206,13 @@ def test_rate_zero_leaves_the_multiplier_at_one(solve_two, scheme):
         assert learned or (scheme is W16A4 and moved == "scale_multiplier")
 
 
-ALL_PARTS = {"kind": AdaRound, "learning_rate": 1e-2, "compensation_weight": 100.0, "num_windows": 2}
+ALL_PARTS = {
+    "kind": AdaRound,
+    "learning_rate": 1e-2,
+    "compensation_weight": 100.0,
+    "hard_start": 0.75,
+    "num_windows": 2,
+}
 
 
 @pytest.fixture(scope="module")
