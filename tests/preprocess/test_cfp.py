@@ -59,7 +59,7 @@ def test_an_outlier_channel_is_brought_to_the_geometric_mean(model) -> None:
 
 def test_weight_quantizers_cover_the_weight_without_its_outliers(model) -> None:
     weight = get_blocks(model)[1].mlp.gate_proj.weight.clone()
-    CoarseToFine(True, False).apply_(model, get_blocks(model), SEGMENTS)
+    CoarseToFine(True, False, truncate="always").apply_(model, get_blocks(model), SEGMENTS)
     linear = get_blocks(model)[1].mlp.gate_proj
     assert torch.equal(linear.weight, weight), "what windows learn to reproduce keeps its outliers"
     limits = largest_reserved(weight.abs())
@@ -83,7 +83,7 @@ def test_weight_quantizers_cover_the_weight_without_its_outliers(model) -> None:
 def test_a_scaled_column_is_no_outlier_of_its_weight(model) -> None:
     """Weights are cut off by what they were before activations were scaled."""
     plain = [linear.weight.clone() for linear in quant_linears(get_blocks(model))]
-    CoarseToFine(True, True).apply_(model, get_blocks(model), SEGMENTS)
+    CoarseToFine(True, True, truncate="always").apply_(model, get_blocks(model), SEGMENTS)
     for weight, linear in zip(plain, quant_linears(get_blocks(model)), strict=True):
         clipped = weight.clamp(-(limit := largest_reserved(weight.abs())[:, None]), limit)
         factor = torch.where(weight == 0, torch.ones_like(weight), linear.weight / weight)
@@ -116,6 +116,7 @@ def test_full_precision_weights_have_no_quantizer_to_set(tiny_llama_folder: Path
         ({"relative_to": "median"}, "preprocess.relative_to must be one of reserved, largest"),
         ({"lambda1": -1}, "preprocess.lambda1 must be a number of at least 0"),
         ({"lambda2": "a"}, "preprocess.lambda2 must be a number of at least 0"),
+        ({"truncate": "never"}, "preprocess.truncate must be one of where_better, always, got 'never'"),
         ({"weights": 1}, "preprocess.weights must be true or false"),
     ],
 )
@@ -127,7 +128,8 @@ def test_bad_options(options: dict, message: str) -> None:
 def initial_scales(model, **options) -> torch.Tensor:
     """Return every weight scale after preprocessing, in one vector."""
     model = copy.deepcopy(model)
-    CoarseToFine(**({"weights": True, "activations": True} | options)).apply_(model, get_blocks(model), SEGMENTS)
+    options = {"weights": True, "activations": True, "truncate": "always"} | options
+    CoarseToFine(**options).apply_(model, get_blocks(model), SEGMENTS)
     return torch.cat([linear.weight_quantizer.initial_scale.flatten() for linear in quant_linears(get_blocks(model))])
 
 
@@ -138,6 +140,33 @@ def initial_scales(model, **options) -> torch.Tensor:
 def test_nothing_is_wired_to_nothing(model, half: dict, change: dict) -> None:
     """Each option changes the scales, in either half of the preprocessing; the same options do not."""
     assert torch.equal(initial_scales(model, **half, **change), initial_scales(model, **half)) == (not change)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_truncation_where_it_lessens_the_rounding_error(tiny_llama_folder: Path, bits: int) -> None:
+    """Row by row, by torch's operator: the smaller of the two errors is kept; at 8 bits nearly all rows stay whole."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32).eval().requires_grad_(False)
+    weight = get_blocks(model)[1].mlp.gate_proj.weight
+    weight[:, 7] *= torch.linspace(1, 12, len(weight))
+    weight = weight.clone()
+    quantize_linears_(get_blocks(model), QuantScheme(bits, 16))
+    CoarseToFine(True, False).apply_(model, get_blocks(model), SEGMENTS)
+    linear = get_blocks(model)[1].mlp.gate_proj
+    levels, cut_off = 2**bits - 1, 0
+    for row, limit, scale in zip(
+        weight, largest_reserved(weight.abs()), linear.weight_quantizer.initial_scale.flatten(), strict=True
+    ):
+        errors, scales = [], []
+        for kept in (row, row.clamp(-limit, limit)):
+            low, high = min(kept.min().item(), 0.0), max(kept.max().item(), 0.0)
+            scales.append((high - low) / levels)
+            rounded = torch.fake_quantize_per_tensor_affine(kept, scales[-1], round(-low / scales[-1]), 0, levels)
+            errors.append((rounded - row).square().sum().item())
+        # Cut off on both sides, the zero point is in the middle of two integers, and the last digit decides.
+        if abs(errors[1] - errors[0]) > 1e-3 * errors[0] and not (row.min() <= -limit and row.max() >= limit):
+            assert scale.item() == pytest.approx(scales[errors[1] < errors[0]], rel=1e-5)
+        cut_off += scale.item() < 0.999 * scales[0]
+    assert cut_off > 10 if bits == 2 else cut_off < 10 or bits == 4
 
 
 def test_halves_differ(model) -> None:
@@ -169,7 +198,7 @@ def test_groups_are_cut_off_by_their_rows_limit(tiny_llama_folder: Path) -> None
     linear.weight[4, 20] = 30.0
     limit = largest_reserved(linear.weight.abs())[4]
     quantize_linears_(get_blocks(model), QuantScheme(4, 16, group_size=16))
-    CoarseToFine(True, False).apply_(model, get_blocks(model), SEGMENTS)
+    CoarseToFine(True, False, truncate="always").apply_(model, get_blocks(model), SEGMENTS)
     group = get_blocks(model)[2].mlp.up_proj.weight[4, 16:32].clamp(-limit, limit)
     scale = get_blocks(model)[2].mlp.up_proj.weight_quantizer.initial_scale[4, 1]
     torch.testing.assert_close(scale.squeeze(), (group.max() - group.min().clamp_max(0)) / 15)
