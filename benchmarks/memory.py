@@ -7,7 +7,7 @@
                                                 the guard's copy of the start lies, and 0 on a GPU
     step     = e W + 4 w + B T A                the quantized weights of the window, kept for the backward; the gradient
                                                 of the largest of them; the activations, kept likewise
-    A        = b e (6 D + 2 K + 4 F) + 4 * 3 D + b 4 * 3 (6 D + F)     the last only where activations are quantized
+    A        = b e (6 D + 2 K + 4 F) + 4 * 3 D + b e (6 D + F)     the last only where activations are quantized
     measuring = 4 w + B' T e (3 F + 4 D)        no gradients: one quantized weight, the widest place of a block
 
 P parameters; N segments of T tokens; B segments a step, B' those of a pass without gradients (8, or N); D hidden, F
@@ -16,7 +16,7 @@ numbers: 1 a linear (S_X), one an output channel (S_W), R (O + I) a linear of lo
 
 A counts what autograd keeps of a token: in a block of a LLaMA 6 D (two norms' inputs, the inputs of q/k/v, of o and of
 gate/up, the queries), 2 K (keys, values), 4 F (gate, its SiLU, up, their product); of every quantized linear input
-three more (before clipping, after it without the zero point, dequantized); once 3 D for the loss. Temporary values of
+one more (what it is quantized to); once 3 D for the loss. Temporary values of
 a pass are left out, so that a perfect step is a little above 1.
 """
 
@@ -137,7 +137,7 @@ def kept_bytes_per_token(work: Work, device: torch.device) -> float:
     size, element = work.size, weight_dtype(device).itemsize
     block = element * (6 * size.hidden + 2 * size.kv_width + 4 * size.intermediate)
     if QuantScheme.parse(work.scheme).quantizes_activations:
-        block += 4 * 3 * (6 * size.hidden + size.intermediate)
+        block += element * (6 * size.hidden + size.intermediate)
     return work.window * block + 4 * 3 * size.hidden
 
 

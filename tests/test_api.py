@@ -130,7 +130,7 @@ def test_callbacks_and_silence(model, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "4bit"}, "label must be like w4a4 or w2a16g128, got '4bit'"),
+        ({"scheme": "4bit"}, "label must be like w4a4, w2a16g128 or w4a4-qkv4, got '4bit'"),
         ({"scheme": "w9a4"}, "quant.weight_bits must be 2 to 8"),
         ({"scheme": "w4a16g7"}, "quant.group_size must divide the 64 input features"),
         ({"window": 5}, "cbd.window must be at most the model's 4 blocks"),

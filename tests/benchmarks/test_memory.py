@@ -36,7 +36,7 @@ def test_kept_activations_are_what_autograd_keeps(scheme):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    hidden = blocks.cache.quantized.clone().requires_grad_(True)
+    hidden = blocks.cache.quantized[:].clone().requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         blocks.cache.run_blocks(0, 1, hidden)
     of_tokens = [t for t in kept.values() if SIZE.tokens in t.shape]
