@@ -71,7 +71,7 @@ SIZES = {
     for size in (
         Size("tiny", 32, 64, 2, 1, tokens=8, device_tokens=8, steps=3),  # for --quick: it measures nothing
         Size("pico", 256, 768, 4, 2, tokens=256, device_tokens=256, steps=25),
-        Size("1b", 2048, 8192, 32, 8, tokens=512, device_tokens=2048, steps=3),
+        Size("1b", 2048, 8192, 32, 8, tokens=512, device_tokens=2048, steps=5),
         Size("7b", 4096, 11008, 32, 32, tokens=512, device_tokens=2048, steps=3),
     )
 }

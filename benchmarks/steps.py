@@ -25,6 +25,7 @@ from benchmarks.plan import Plan
 from benchmarks.rows import Row, Skipped
 from benchmarks.shapes import ROUNDINGS, BlocksOfAWindow
 from cbq.activations import autocast
+from cbq.quant.kernels import Compiled, choose_kernels, run_by
 from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState
@@ -41,6 +42,7 @@ LIMIT_BARS = {("cpu", "1b"): 1.5, ("cuda", "7b"): 2.0}
 FRAMEWORK_BARS = {("cpu", "1b"): 1.05, ("cpu", "pico"): 1.15}
 STEPS_OF_LLAMA_7B = 31 * 384  # windows of 2 with overlap 1 over 32 blocks; 3 epochs of 128 segments
 WHOLE_RUN_BAR = 4.0  # minutes
+STEPS_OF_A_WINDOW = 384  # of a real run: by them is chosen whether to compile
 
 
 def measure(plan: Plan) -> Iterator[Row | Skipped]:
@@ -62,7 +64,7 @@ def measure_case(work: Work, plan: Plan) -> Iterator[Row]:
     place = (plan.device.type, work.size.name)
     main_case = (work.scheme, work.rounding) == CASES[0]
     bar, framework_bar = (LIMIT_BARS.get(place), FRAMEWORK_BARS.get(place)) if main_case else (None, None)
-    milliseconds = f"bare {1e3 * sorted(bare)[len(bare) // 2]:.3g} ms"
+    milliseconds = f"bare {1e3 * sorted(bare)[len(bare) // 2]:.3g} ms{', compiled' if steps.compiled else ''}"
     yield Row("step", "window step / bare step", case, ratios(in_lightning, bare), expected=bar, note=milliseconds)
     yield Row("step", "plain loop / bare step", case, ratios(in_plain_loop, bare))
     yield Row("step", "window step / plain loop", case, ratios(in_lightning, in_plain_loop), expected=framework_bar)
@@ -86,7 +88,12 @@ class WindowSteps:
         self.cache = self.blocks.cache
         (self.window,) = SlidingWindows(2, 1).plan(2)
         self.loss = ReconstructionLoss()
-        self.solver = Reconstruction(self.loss, ROUNDINGS[work.rounding], LearningRates(), epochs=1)
+        num_weights = sum(linear.weight.numel() for linear in quant_linears(list(self.cache.blocks)))
+        self.kernels = choose_kernels("auto", device, num_weights, STEPS_OF_A_WINDOW)
+        self.compiled = isinstance(self.kernels, Compiled)
+        self.solver = Reconstruction(
+            self.loss, ROUNDINGS[work.rounding], LearningRates(), epochs=1, compile=self.compiled
+        )
         self.targets = self.cache.advance_full_precision(self.window.stop)
         self.num_steps = work.segments
         for linear in quant_linears(list(self.cache.blocks)):  # as a solve leaves them: the next one goes on
@@ -128,7 +135,8 @@ class WindowSteps:
             optimizer.step()
             schedule.step()
 
-        seconds = self.seconds_a_step(step)
+        with run_by(module.quantizers, self.kernels):
+            seconds = self.seconds_a_step(step)
         module.learned.requires_grad_(False)
         module.zero_grad()
         return seconds

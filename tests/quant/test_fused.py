@@ -279,17 +279,18 @@ def test_compiled():
 
 
 @pytest.mark.parametrize(
-    ("value", "device", "work", "expected"),
+    ("value", "device", "num_weights", "num_steps", "expected"),
     [
-        ("auto", "cpu", 10**8, Blocked),
-        ("auto", "cpu", 10**12, Compiled),
-        ("auto", "cuda", 1, Compiled),
-        (True, "cpu", 1, Compiled),
-        (False, "cuda", 10**12, Blocked),
+        ("auto", "cpu", 10**8, 1, Blocked),
+        ("auto", "cpu", 10**8, 10**4, Compiled),
+        ("auto", "cpu", 10**6, 10**6, Blocked),
+        ("auto", "cuda", 1, 1, Compiled),
+        (True, "cpu", 1, 1, Compiled),
+        (False, "cuda", 10**8, 10**4, Blocked),
     ],
 )
-def test_choice_of_kernels(value, device, work, expected):
-    assert type(choose_kernels(value, torch.device(device), work)) is expected
+def test_choice_of_kernels(value, device, num_weights, num_steps, expected):
+    assert type(choose_kernels(value, torch.device(device), num_weights, num_steps)) is expected
 
 
 @pytest.mark.parametrize("value", ["on", "true", 1, 0, None, [True]], ids=repr)

@@ -18,10 +18,13 @@ from cbq.errors import InputError
 from cbq.quant.formulas import Formula, Grid
 from cbq.quant.logits import Fusion, LogitsSource
 
-CPU_CHUNK = 1 << 16  # elements a thread: the five or so of a formula's tensors then stay in a 2 MB cache
+CPU_CHUNK = 1 << 17  # elements a thread: few enough for the caches, and enough to be worth a call of Python's
 DEVICE_CHUNK = 1 << 22
 RECOMPILE_LIMIT = 64  # kinds, soft and hard, bits and group sizes of a sweep share a code object; torch's own is 8
-WORTH_COMPILING = 10**10  # weights times steps that win back a compiler's minute on a CPU (docs/performance.md)
+# On a CPU (docs/performance.md): weights times steps that win back the time a compiler takes, and weights of a window
+# that win back what each call of a compiled function costs.
+WORTH_COMPILING = 10**10
+WORTH_CALLING = 10**7
 
 logger = logging.getLogger(__name__)
 
@@ -205,15 +208,17 @@ def check_compile(value: bool | str) -> None:
         raise InputError(f"reconstruction.compile must be auto, true or false, got {value!r}")
 
 
-def choose_kernels(compile: bool | str, device: torch.device, work: int) -> Kernels:
+def choose_kernels(compile: bool | str, device: torch.device, num_weights: int, num_steps: int) -> Kernels:
     """Return what runs the formulas of a window.
 
     Args:
         compile: true, false, or auto: on a GPU, and on a CPU where there is enough work.
         device: the weights'.
-        work: number of weights times number of steps.
+        num_weights: of the window.
+        num_steps: that it is learned for.
     """
-    wanted = {"auto": device.type == "cuda" or work >= WORTH_COMPILING, True: True, False: False}
+    enough = num_weights >= WORTH_CALLING and num_weights * num_steps >= WORTH_COMPILING
+    wanted = {"auto": device.type == "cuda" or enough, True: True, False: False}
     return compiled() if wanted[compile] else Blocked()
 
 

@@ -226,14 +226,15 @@ class Reconstruction:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        work = trainer.max_steps * sum(linear.weight.numel() for linear in quant_linears(list(module.blocks)))
+        num_weights = sum(linear.weight.numel() for linear in quant_linears(list(module.blocks)))
+        kernels = choose_kernels(self.compile, device, num_weights, trainer.max_steps)
         with warnings.catch_warnings():
             # Tensors in memory need no loader workers.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             # Lightning's own use of torch, not ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             try:
-                with run_by(module.quantizers, choose_kernels(self.compile, device, work)):
+                with run_by(module.quantizers, kernels):
                     trainer.fit(module, cache.place.feed(loader, cache.device))
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
