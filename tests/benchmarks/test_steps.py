@@ -70,7 +70,7 @@ def test_clock_leaves_out_the_first_step(monkeypatch):
 
 def test_rows_of_7b_on_a_gpu(monkeypatch):
     """31 windows of 384 steps; on a CPU nothing is extrapolated."""
-    ways = SimpleNamespace(lightning=lambda: 0.02, plain_loop=lambda: 0.016, bare=lambda: 0.01)
+    ways = SimpleNamespace(compiled=False, lightning=lambda: 0.02, plain_loop=lambda: 0.016, bare=lambda: 0.01)
     monkeypatch.setattr("benchmarks.steps.WindowSteps", lambda work, device: ways)
     work = Work(SIZES["7b"], "w4a4", "lora_ste", 3, 2048)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
