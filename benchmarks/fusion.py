@@ -63,7 +63,7 @@ def make_pair(
     def chain() -> Outputs:
         return reference.fake_quantize(kind, quantizer, weight, rounding, BETA)
 
-    return installed, chain, [quantizer.scale_multiplier, *rounding.parameters()]
+    return installed, chain, [quantizer.step_size.multiplier, *rounding.parameters()]
 
 
 def pass_seconds(

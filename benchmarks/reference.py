@@ -89,7 +89,7 @@ def fake_quantize(
         rounding: only its parameters, and whether it is hard, are read.
         beta: of Eq. 12.
     """
-    scale = quantizer.initial_scale * quantizer.scale_multiplier.clamp_min(SMALLEST_MULTIPLIER)
+    scale = quantizer.initial_scale * quantizer.step_size.multiplier.clamp_min(SMALLEST_MULTIPLIER)
     groups = weight.float().unflatten(-1, (scale.shape[1], -1))
     with torch.autocast(weight.device.type, enabled=False):
         values, soft = VALUES[kind](groups, quantizer.initial_scale, scale, rounding)

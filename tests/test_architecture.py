@@ -14,7 +14,7 @@ ROWS = (
     {"errors", "__init__"},
     {"hub"},
     {"quant", "models", "data", "streams"},
-    {"activations", "quantized"},
+    {"activations", "quantized", "method"},
     {"preprocess", "reconstruction", "evaluation"},
     {"checkpoint", "tracking", "cost", "results", "run_folder", "report"},
     {"runner", "api"},

@@ -45,7 +45,7 @@ def finish(folder: Path, scheme: QuantScheme, dtype: str = "float32") -> LoadedM
         if linear.weight_quantizer:
             linear.rounding = DenseSTE(linear.out_features, linear.in_features, learning_rate=0.1)
             torch.nn.init.normal_(linear.rounding.offset_values)
-            torch.nn.init.uniform_(linear.weight_quantizer.scale_multiplier, 0.9, 1.1)
+            torch.nn.init.uniform_(linear.weight_quantizer.step_size.multiplier, 0.9, 1.1)
         if linear.act_quantizer:
             for number, buffer in enumerate(linear.act_quantizer.buffers()):  # static: a scale and a zero point too
                 buffer.fill_([0.9, 0.1, 15.0][number])

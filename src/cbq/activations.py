@@ -89,6 +89,7 @@ class ActivationCache:
         place: where streams are kept.
 
     Attributes:
+        config: the model's.
         full_precision: (N, T, D).
         quantized: (N, T, D); None for who needs one stream only.
         device: the model's.
@@ -104,6 +105,7 @@ class ActivationCache:
     ) -> None:
         self.device = next(model.parameters()).device
         segments = segments.to(self.device)
+        self.config = model.config
         self.blocks = blocks
         self.batch_size = batch_size
         self.place = place

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -159,6 +159,7 @@ def quantize(config: DictConfig, folder: RunFolder) -> None:
         print(f"already finished: {folder.path} (overwrite=true starts anew)")
         return
     check_keys(config)
+    check_combination(config, HydraConfig.get().overrides.task)
     choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
     settings = flatten(config)
     settings |= {key: choice for key, choice in choices.items() if key not in NOT_SETTINGS}
@@ -187,6 +188,31 @@ def check_keys(config: DictConfig) -> None:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"it must be one of {', '.join(known)}"
         raise InputError(f"unknown option {unknown[0]!r}: {hint}")
+
+
+def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
+    """Refuse an option that the chosen method has no use for, where the user typed both.
+
+    Args:
+        config: the composed configuration.
+        typed: the command line.
+
+    Raises:
+        InputError: there is one.
+    """
+    groups = [re.split(r"[=.@]", word.lstrip("+~"))[0] for word in typed]
+    if "method" not in groups:
+        return
+    used, unread = {"method"}, ["runner"]
+    while unread:
+        node = config.get(unread.pop())
+        text = str(OmegaConf.to_container(node)) if OmegaConf.is_config(node) else ""
+        found = {name for name in re.findall(r"\$\{(\w+)", text) if name in config} - used
+        used |= found
+        unread += found
+    for group in groups:
+        if OmegaConf.is_config(config.get(group)) and group not in used | NOT_OPTIONS | {"debug", "tracking"}:
+            raise InputError(f"{group} means nothing with method={config.method.name}: leave it out")
 
 
 def flatten(config: DictConfig, prefix: str = "") -> dict:

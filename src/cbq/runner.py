@@ -16,6 +16,7 @@ from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
+from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import set_act_ranges_
@@ -53,7 +54,7 @@ class Runner:
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
         folder: the run folder.
-        method: its name, for results.
+        method: its name, and which schemes it is for.
         settings: every option, flat, for results.
         seed: of everything random.
 
@@ -74,11 +75,12 @@ class Runner:
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
         folder: RunFolder,
-        method: str,
+        method: Method,
         settings: dict,
         seed: int,
     ) -> None:
         check_seed("seed", seed)
+        method.check(scheme)
         if profile is not None and not callable(profile):
             raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
         self.load_model = load_model
@@ -141,7 +143,7 @@ class Runner:
             "status": "running",
             "model": loaded.name,
             "scheme": self.scheme.label,
-            "method": self.method,
+            "method": self.method.name,
             "seed": self.seed,
             "settings": self.settings,
             "protocol": self.evaluation.protocol() | {"calibration": self.calibration.describe()},
@@ -149,8 +151,10 @@ class Runner:
         }
         self.folder.start()
         write_results(self.folder.path, self.results)
-        tags = [self.scheme.label, self.method, loaded.name]
-        self.tracker.start(self.folder.path, f"{loaded.name} {self.scheme.label} {self.method}", self.settings, tags)
+        tags = [self.scheme.label, self.method.name, loaded.name]
+        self.tracker.start(
+            self.folder.path, f"{loaded.name} {self.scheme.label} {self.method.name}", self.settings, tags
+        )
         self.console.print(
             f"{loaded.name}: {len(loaded.blocks)} blocks to {self.scheme.label} in {len(plan)} windows, "
             f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "

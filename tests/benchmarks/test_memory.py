@@ -27,7 +27,7 @@ def test_kept_activations_are_what_autograd_keeps(scheme):
     blocks = BlocksOfAWindow(SIZE, QuantScheme.parse(scheme), 1, CPU, num_blocks=1)
     for linear in quant_linears(list(blocks.cache.blocks)):
         linear.state = QuantState.LEARNED
-        linear.weight_quantizer.scale_multiplier.requires_grad_(True)
+        linear.weight_quantizer.step_size.multiplier.requires_grad_(True)
         if linear.act_quantizer:
             linear.act_quantizer.range_multiplier.requires_grad_(True)
     kept: dict[int, torch.Tensor] = {}

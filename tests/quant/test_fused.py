@@ -44,8 +44,8 @@ def make(kind: tuple, scheme: tuple, dtype: torch.dtype = torch.float32) -> tupl
     with torch.no_grad():
         for parameter in rounding.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
-        quantizer.scale_multiplier.uniform_(0.5, 1.3, generator=generator)  # below 1 clips
-        quantizer.scale_multiplier[0] = -1.0  # held at the smallest
+        quantizer.step_size.multiplier.uniform_(0.5, 1.3, generator=generator)  # below 1 clips
+        quantizer.step_size.multiplier[0] = -1.0  # held at the smallest
     if hard:
         rounding.harden_()
     else:
@@ -68,7 +68,7 @@ def outcome(output: torch.Tensor, gradient: torch.Tensor, quantizer: WeightQuant
     penalty = rounding.penalty()
     total = (output * gradient).sum()
     (total if penalty is None else total + 3 * penalty).backward()
-    learned = [quantizer.scale_multiplier, *rounding.parameters()]
+    learned = [quantizer.step_size.multiplier, *rounding.parameters()]
     gradients = [parameter.grad.clone() for parameter in learned]
     for parameter in learned:
         parameter.grad = None
@@ -113,7 +113,7 @@ def test_soft_gradient_equals_finite_differences(kind, beta):
         values, penalty = fake_quantize(Blocked(), rounding.fusion(), weight, *grid, parameters)
         return values if penalty is None else (values, penalty)
 
-    inputs = [quantizer.scale_multiplier.detach().abs().requires_grad_()]
+    inputs = [quantizer.step_size.multiplier.detach().abs().requires_grad_()]
     inputs += [parameter.detach().clone().requires_grad_() for parameter in rounding.parameters()]
     assert torch.autograd.gradcheck(function, inputs, atol=1e-6, fast_mode=True)
 

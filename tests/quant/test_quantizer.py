@@ -54,7 +54,7 @@ def test_multiplier_scales_the_grid_of_its_group_only():
     weight = random_tensor(2, 8)
     quantizer, plain = WeightQuantizer(weight, 3, 4), WeightQuantizer(weight, 3, 4)
     with torch.no_grad():
-        quantizer.scale_multiplier[1, 0] = 1.5
+        quantizer.step_size.multiplier[1, 0] = 1.5
     values, before = quantizer(weight, Nearest(2, 8)), plain(weight, Nearest(2, 8))
     steps = values[1, :4] / (1.5 * plain.initial_scale[1, 0])
     torch.testing.assert_close(steps, steps.round())
@@ -67,7 +67,7 @@ def test_multiplier_scales_the_grid_of_its_group_only():
 def test_multiplier_below_the_smallest_still_gives_a_positive_scale():
     quantizer = WeightQuantizer(random_tensor(2, 8), 4)
     with torch.no_grad():
-        quantizer.scale_multiplier.fill_(-1.0)
+        quantizer.step_size.multiplier.fill_(-1.0)
     assert (quantizer.scale > 0).all()
 
 
@@ -75,7 +75,7 @@ def test_weight_multiplier_gets_a_gradient_in_every_group():
     weight = random_tensor(3, 8)
     quantizer = WeightQuantizer(weight, 2, 4)
     (quantizer(weight, Nearest(3, 8)) - weight).square().sum().backward()
-    assert (quantizer.scale_multiplier.grad != 0).all()
+    assert (quantizer.step_size.multiplier.grad != 0).all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

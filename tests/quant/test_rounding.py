@@ -129,7 +129,7 @@ def test_hard_rounding_starts_as_round_to_nearest(kind, scheme, weight):
     quantizer = WeightQuantizer(weight, *scheme)
     rounding = Nearest(6, 16) if kind is Nearest else make(kind)
     rounding.harden_()
-    integers = quantizer.integers(weight, rounding, quantizer.scale).detach().numpy()
+    integers = quantizer.integers(weight, rounding, *quantizer.grid()).detach().numpy()
     np.testing.assert_array_equal(integers, nearest_by_hand(weight, quantizer))
 
 
@@ -156,7 +156,8 @@ def test_an_integer_moves_by_one_at_most(kind, weight):
     rounding = make(kind)
     disturb_(rounding, 30.0)
     rounding.harden_()
-    moved = quantizer.integers(weight, rounding, quantizer.scale).detach().numpy() - nearest_by_hand(weight, quantizer)
+    integers = quantizer.integers(weight, rounding, *quantizer.grid()).detach().numpy()
+    moved = integers - nearest_by_hand(weight, quantizer)
     assert set(np.abs(moved).flatten()) == {0.0, 1.0}
 
 
@@ -171,10 +172,10 @@ def test_sigmoid_integers_stay_when_the_scale_moves(kind, weight):
     quantizer = WeightQuantizer(weight, 3)
     rounding = make(kind)
     rounding.harden_()
-    before = quantizer.integers(weight, rounding, quantizer.scale)
+    before = quantizer.integers(weight, rounding, *quantizer.grid())
     with torch.no_grad():
-        quantizer.scale_multiplier.fill_(0.7)
-    assert torch.equal(quantizer.integers(weight, rounding, quantizer.scale), before)
+        quantizer.step_size.multiplier.fill_(0.7)
+    assert torch.equal(quantizer.integers(weight, rounding, *quantizer.grid()), before)
 
 
 @pytest.mark.parametrize("kind", SIGMOID_KINDS)
@@ -184,7 +185,7 @@ def test_hard_values_are_whole_and_soften_undoes_it(kind, weight):
     disturb_(rounding, 0.5)
     soft = quantizer(weight, rounding)
     rounding.harden_()
-    hard = quantizer.integers(weight, rounding, quantizer.scale)
+    hard = quantizer.integers(weight, rounding, *quantizer.grid())
     assert torch.equal(hard, hard.round())
     soft_integers = soft.view(6, 1, 16) / quantizer.scale + quantizer.zero_point
     assert (hard - soft_integers).abs().max() <= 0.501, "a value is hardened to the nearer integer"
@@ -203,7 +204,7 @@ def test_gradients_reach_every_parameter(kind, hard, weight):
     generator = torch.Generator().manual_seed(2)
     (quantizer(weight, rounding) * torch.randn(6, 16, generator=generator)).sum().backward()
     assert list(rounding.parameters())
-    for parameter in [*rounding.parameters(), quantizer.scale_multiplier]:
+    for parameter in [*rounding.parameters(), quantizer.step_size.multiplier]:
         assert parameter.grad.isfinite().all()
         assert (parameter.grad != 0).float().mean() > 0.6
 

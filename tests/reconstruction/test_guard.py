@@ -108,13 +108,13 @@ def test_a_start_worse_than_round_to_nearest_is_left_behind(make_setup, make_sol
     setup, solver = make_setup(W4A4), make_solver()
     setup.solve(solver, SlidingWindows(2), [], num_windows=1)
     for linear in quant_linears(setup.blocks[1]):
-        linear.weight_quantizer.scale_multiplier.fill_(3.0)
+        linear.weight_quantizer.step_size.multiplier.fill_(3.0)
     result = solver.solve(WINDOWS[1], setup.cache, [Spoil(set(range(8)))])
     assert result.rec_loss_first > result.rec_loss_rtn
     assert "fell back to round-to-nearest" in result.guard
     assert result.rec_loss_last == result.rec_loss_rtn
     assert result.changed_integers == 0
-    assert all((linear.weight_quantizer.scale_multiplier == 1).all() for linear in quant_linears(setup.blocks[1]))
+    assert all((linear.weight_quantizer.step_size.multiplier == 1).all() for linear in quant_linears(setup.blocks[1]))
     loss = measure(WINDOWS[1], setup.cache, setup.cache.full_precision, ReconstructionLoss())
     assert loss == pytest.approx(result.rec_loss_rtn, rel=1e-5)
     fuse_linears_(setup.blocks[1])

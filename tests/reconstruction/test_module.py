@@ -43,7 +43,7 @@ def expected_names(blocks: list[int], parts: list[str]) -> set[str]:
     return {f"model.layers.{block}.{linear}.{part}" for block in blocks for linear in LINEARS for part in parts}
 
 
-S_W, S_X, OFFSET = "weight_quantizer.scale_multiplier", "act_quantizer.range_multiplier", "rounding.offset_values"
+S_W, S_X, OFFSET = "weight_quantizer.step_size.multiplier", "act_quantizer.range_multiplier", "rounding.offset_values"
 
 
 @pytest.mark.parametrize(

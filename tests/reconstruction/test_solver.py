@@ -23,7 +23,7 @@ from cbq.streams.kinds import Stream
 W2A16, W4A4, W16A4 = QuantScheme(2, 16), QuantScheme(4, 4), QuantScheme(16, 4)
 W4A4_QKV4 = QuantScheme(4, 4, qkv_bits=4)
 INTEGERS = ("epochs", "batch_size", "accumulate_grad_batches")
-MULTIPLIERS = ("scale_multiplier", "range_multiplier")
+MULTIPLIERS = ("multiplier", "range_multiplier")
 PARAMETERS_OF = {
     DenseSTE: {"offset_values"},
     AdaRound: {"logits"},
@@ -124,7 +124,7 @@ def test_soft_roundings_end_hard(solve_two):
     setup, _ = solve_two(W2A16, kind=AdaRound, hard_start=1.0)
     for linear in quant_linears(list(setup.blocks[1:3])):
         assert linear.state is QuantState.LEARNED
-        integers = linear.weight_quantizer.integers(linear.weight, linear.rounding, linear.weight_quantizer.scale)
+        integers = linear.weight_quantizer.integers(linear.weight, linear.rounding, *linear.weight_quantizer.grid())
         assert torch.equal(integers, integers.round())
     assert {linear.state for linear in quant_linears(setup.blocks[3])} == {QuantState.FULL_PRECISION}
 
@@ -195,15 +195,15 @@ def test_targets_and_inputs_of_the_second_window(solve_two, tiny_llama, segments
 @pytest.mark.parametrize("scheme", [W4A4, W16A4], ids=lambda scheme: scheme.label)
 def test_rate_zero_leaves_the_multiplier_at_one(solve_two, scheme):
     for rates, still, moved in (
-        ({"weight_scale": 0, "act_scale": 1e-2}, "scale_multiplier", "range_multiplier"),
-        ({"act_scale": 0}, "range_multiplier", "scale_multiplier"),
+        ({"weight_scale": 0, "act_scale": 1e-2}, "step_size.multiplier", "range_multiplier"),
+        ({"act_scale": 0}, "range_multiplier", "step_size.multiplier"),
     ):
         setup, _ = solve_two(scheme, **rates)
         state = setup.state()
         assert all((state[name] == 1).all() for name in state if name.endswith(still))
         learned = [state[name] for name in state if name.endswith(moved) and name.split(".")[2] in "12"]
         assert all((multiplier != 1).any() for multiplier in learned)
-        assert learned or (scheme is W16A4 and moved == "scale_multiplier")
+        assert learned or (scheme is W16A4 and moved == "step_size.multiplier")
 
 
 ALL_PARTS = {

@@ -66,7 +66,7 @@ class QuantLinear(Quantized):
         """Return the learned integers, (O, I) uint8, or None where the weight is not quantized."""
         if self.weight_quantizer is None:
             return None
-        integers = self.weight_quantizer.integers(self.weight, self.rounding, self.weight_quantizer.scale)
+        integers = self.weight_quantizer.integers(self.weight, self.rounding, *self.weight_quantizer.grid())
         return integers.round().to(torch.uint8).flatten(1)
 
     @torch.no_grad()
@@ -151,12 +151,12 @@ def quantize_linears_(blocks: nn.ModuleList, scheme: QuantScheme) -> None:
 @torch.no_grad()
 def fuse(linear: QuantLinear) -> FusedLinear:
     """Return the finished form of `linear`; its rounding must be hard."""
-    quantizer = linear.weight_quantizer
+    scale, zero_point = linear.weight_quantizer.grid() if linear.weight_quantizer else (None, None)
     return FusedLinear(
         scheme=linear.scheme,
         integers=linear.integers(),
-        weight_scale=quantizer.scale.squeeze(-1).clone() if quantizer else None,
-        zero_point=quantizer.zero_point.squeeze(-1).to(torch.uint8) if quantizer else None,
+        weight_scale=None if scale is None else scale.squeeze(-1).clone(),
+        zero_point=None if zero_point is None else zero_point.squeeze(-1).to(torch.uint8),
         weight=linear.weight.detach(),
         bias=linear.bias,
         act_quantizer=linear.act_quantizer,

@@ -20,8 +20,7 @@ from cbq.quant.fused import fake_quantize
 from cbq.quant.kernels import Blocked, Kernels
 from cbq.quant.logits import Fusion, NoLogits
 from cbq.quant.rounding import Rounding
-
-SMALLEST_MULTIPLIER = 0.05  # a learned step size never reaches 0, where it would divide by 0 or flip sign
+from cbq.quant.step_size import SMALLEST_MULTIPLIER, Covered, ScaleMultiplier, StepSize
 
 
 class WeightQuantizer(nn.Module):
@@ -35,13 +34,14 @@ class WeightQuantizer(nn.Module):
 
     Attributes:
         kernels: what computes `forward`.
+        step_size: how the grid is learned.
+        initial_scale: of the range before learning, (O, G, 1), float32.
+        initial_zero_point: likewise.
 
     Raises:
         InputError: `group_size` does not divide I.
 
     Source: S_W of Eq. 5 and 9.
-    Note: S_W is learned as a multiplier on the initial scale, starting at 1, so that one learning rate means the same
-        for every model (METHOD 3).
     """
 
     def __init__(self, weight: torch.Tensor, bits: int, group_size: int = -1, symmetric: bool = False) -> None:
@@ -52,45 +52,67 @@ class WeightQuantizer(nn.Module):
         self.group_size = group_size
         self.symmetric = symmetric
         self.quant_min, self.quant_max = quant_range(bits)
-        self.register_buffer("initial_scale", None)
-        self.register_buffer("zero_point", None)
+        for name in ("low", "high", "initial_scale", "initial_zero_point"):
+            self.register_buffer(name, None)
         self.set_range_(weight)
-        self.scale_multiplier = nn.Parameter(torch.ones_like(self.initial_scale))
+        self.step_size: StepSize = ScaleMultiplier(self.initial_scale)
         self.kernels: Kernels = Blocked()
 
+    @torch.no_grad()
     def set_range_(self, weight: torch.Tensor) -> None:
         """Cover the range of `weight` (O, I): the weight itself, or a copy without its outliers, which then clip."""
-        groups = to_groups(weight.detach(), self.group_size)
-        self.initial_scale, self.zero_point = choose_qparams_affine(groups, self.bits, self.symmetric)
+        self.follow_range_(weight)
+
+    def follow_range_(self, weight: torch.Tensor) -> None:
+        """Cover the range of `weight` (O, I) that is itself learned: the grid has a gradient with respect to it."""
+        groups = to_groups(weight, self.group_size)
+        # Not aminmax: over a dimension it is nine times as slow as the two together on a CPU.
+        self.low = groups.amin(-1, keepdim=True).float().clamp_max(0)
+        self.high = groups.amax(-1, keepdim=True).float().clamp_min(0)
+        ends = torch.cat([self.low, self.high], dim=-1)
+        self.initial_scale, self.initial_zero_point = choose_qparams_affine(ends, self.bits, self.symmetric)
+
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the learned scale, positive, and zero point, (O, G, 1), float32."""
+        initial = self.initial_scale, self.initial_zero_point
+        return self.step_size.grid(Covered(self.low, self.high, *initial, self.quant_max, self.symmetric))
 
     @property
     def scale(self) -> torch.Tensor:
         """The learned weight_scale, (O, G, 1), float32, positive."""
-        return self.initial_scale * self.scale_multiplier.clamp_min(SMALLEST_MULTIPLIER)
+        return self.grid()[0]
 
-    def integers(self, weight: torch.Tensor, rounding: Rounding, scale: torch.Tensor) -> torch.Tensor:
-        """Return the integers of `weight` (O, I) as floats (O, G, g), differentiable in the scale and the rounding."""
+    @property
+    def zero_point(self) -> torch.Tensor:
+        """The learned zero point, (O, G, 1), float32, integers."""
+        return self.grid()[1]
+
+    def integers(
+        self, weight: torch.Tensor, rounding: Rounding, scale: torch.Tensor, zero_point: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the integers of `weight` (O, I) as floats (O, G, g), differentiable in the grid and the rounding."""
         values = rounding(to_groups(weight.float(), self.group_size), self.initial_scale, scale)
-        return (values + self.zero_point).clamp(self.quant_min, self.quant_max)
+        return (values + zero_point).clamp(self.quant_min, self.quant_max)
 
     def starting_integers(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the integers of round-to-nearest at the initial scale, (O, G, g): what learning starts from."""
         groups = to_groups(weight.float(), self.group_size)
-        return quantize_affine(groups, self.initial_scale, self.zero_point, self.quant_min, self.quant_max)
+        return quantize_affine(groups, self.initial_scale, self.initial_zero_point, self.quant_min, self.quant_max)
 
     def forward(self, weight: torch.Tensor, rounding: Rounding) -> torch.Tensor:
         """Return `weight` (O, I) quantized and dequantized, in its own dtype."""
-        scale, fusion = self.scale, rounding.fusion()
-        if fusion is None or weight.requires_grad:  # by hand there is no gradient of the weight itself
-            integers = self.integers(weight, rounding, scale)
-            return dequantize_affine(integers, scale, self.zero_point).flatten(1).to(weight.dtype)
+        (scale, zero_point), fusion = self.grid(), rounding.fusion()
+        # By hand there is no gradient of the weight itself, nor of the zero point.
+        if fusion is None or weight.requires_grad or zero_point.requires_grad:
+            integers = self.integers(weight, rounding, scale, zero_point)
+            return dequantize_affine(integers, scale, zero_point).flatten(1).to(weight.dtype)
         weight, rounding.last_penalty = fake_quantize(
             self.kernels,
             fusion,
             weight,
             scale,
             self.initial_scale,
-            self.zero_point,
+            zero_point,
             (self.quant_min, self.quant_max),
             tuple(rounding.parameters()),
         )

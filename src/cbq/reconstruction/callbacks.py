@@ -78,6 +78,46 @@ class HardRounding(L.Callback):
                 rounding.harden_()
 
 
+class BestStep(L.Callback):
+    """Ends a window with the values whose batch had the smallest loss, instead of the last ones.
+
+    Args:
+        start: share of the steps after which they count: from where rounding is hard.
+
+    Source: Cheng et al. (2023), Algorithm 1.
+    Note: one batch is compared with another: the larger they are, the less noise is picked.
+    """
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.smallest: torch.Tensor | None = None
+        self.best: list[torch.Tensor] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: WindowModule) -> None:
+        self.smallest, self.best = None, []
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.global_step < self.start * trainer.max_steps:
+            return
+        loss = module.losses["loss/rec"]
+        if self.smallest is None:
+            self.smallest = torch.full_like(loss, math.inf)
+            self.best = [parameter.detach().clone() for parameter in module.learned]
+        better = loss < self.smallest
+        self.smallest = torch.where(better, loss, self.smallest)
+        for best, parameter in zip(self.best, module.learned, strict=True):
+            best.copy_(torch.where(better, parameter, best))  # no look at the loss: a GPU is not waited for
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: L.Trainer, module: WindowModule) -> None:
+        for parameter, best in zip(module.learned, self.best, strict=True):
+            parameter.copy_(best)
+        self.best = []
+
+
 class WindowCurves(L.Callback):
     """Records every step's losses, beta and learning rates, on one step axis over the whole run.
 

@@ -12,7 +12,9 @@ from torch import nn
 from cbq.activations import ActivationCache
 from cbq.quant.linear import quant_linears
 from cbq.quant.quantizer import WeightQuantizer, act_quantizers
+from cbq.reconstruction.descent import Descent
 from cbq.reconstruction.losses import ReconstructionLoss
+from cbq.reconstruction.scaling import WindowScaling
 from cbq.reconstruction.windows import Window
 
 
@@ -21,7 +23,7 @@ class LearningRates:
     """Adam's rates of the step sizes; a rounding brings its own. 0 does not learn.
 
     Args:
-        weight_scale: of the multiplier on S_W.
+        weight_scale: of what S_W is learned by.
         act_scale: of the multiplier on S_X.
 
     Source: section 5.1.
@@ -43,6 +45,8 @@ class WindowModule(L.LightningModule):
         loss: the reconstruction loss.
         compensation_weight: the gamma of Eq. 13.
         learning_rates: of the step sizes.
+        descent: how what is learned is moved.
+        scaling: the channel scales that are learned with the window, if any.
         homologous_weight: weight of a second reconstruction term whose target is the full-precision blocks on the
             quantized stream; 0 leaves it out.
         accumulate_grad_batches: batches an optimizer step.
@@ -60,6 +64,8 @@ class WindowModule(L.LightningModule):
         loss: ReconstructionLoss,
         compensation_weight: float,
         learning_rates: LearningRates,
+        descent: Descent | None = None,
+        scaling: WindowScaling | None = None,
         homologous_weight: float = 0.0,
         accumulate_grad_batches: int = 1,
     ) -> None:
@@ -83,18 +89,20 @@ class WindowModule(L.LightningModule):
         blocks = list(self.blocks)
         weight_quantizers = [linear.weight_quantizer for linear in quant_linears(blocks) if linear.weight_quantizer]
         self.quantizers = (*weight_quantizers, *act_quantizers(blocks))
-        self.groups = self._parameter_groups(learning_rates)
+        self.descent = descent or Descent()
+        self.groups = self._parameter_groups(learning_rates, scaling)
         self.learned = nn.ParameterList([p for group in self.groups.values() for p in group["params"]])
 
-    def _parameter_groups(self, learning_rates: LearningRates) -> dict[str, dict]:
+    def _parameter_groups(self, learning_rates: LearningRates, scaling: WindowScaling | None) -> dict[str, dict]:
         """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
-        weight_scales = [q.scale_multiplier for q in self.quantizers if isinstance(q, WeightQuantizer)]
+        weight_scales = [p for q in self.quantizers if isinstance(q, WeightQuantizer) for p in q.parameters()]
         act_scales = [quantizer.range_multiplier for quantizer in act_quantizers(list(self.blocks))]
         rounding_rate = self.roundings[0].learning_rate if self.roundings else 0.0
         groups = {
             "weight_scale": (weight_scales, learning_rates.weight_scale),
             "act_scale": (act_scales, learning_rates.act_scale),
             "rounding": ([p for rounding in self.roundings for p in rounding.parameters()], rounding_rate),
+            "channel_scale": (list(scaling.parameters()), scaling.learning_rate) if scaling else ([], 0.0),
         }
         return {name: {"params": params, "lr": rate} for name, (params, rate) in groups.items() if params and rate}
 
@@ -139,10 +147,7 @@ class WindowModule(L.LightningModule):
         return total_loss
 
     def configure_optimizers(self) -> dict:
-        """Return Adam with a cosine schedule over all steps of the window.
-
-        Source: section 5.1 (CosineAnnealingLR).
-        """
-        optimizer = torch.optim.Adam(list(self.groups.values()), fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
+        """Return the optimizer, and its schedule over all steps of the window."""
+        optimizer = self.descent.optimizer(list(self.groups.values()))
+        schedule = self.descent.schedule(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -18,11 +18,14 @@ from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import act_quantizers
 from cbq.quant.rounding import Rounding
 from cbq.quant.state import Quantized, QuantState, quant_state, quantized_modules
-from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
+from cbq.quant.step_size import ScaleMultiplier, StepSize
+from cbq.reconstruction.callbacks import BestStep, BetaAnnealing, HardRounding
+from cbq.reconstruction.descent import Descent
 from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.result import WindowResult, measure, window_blocks
+from cbq.reconstruction.scaling import LearnedScaling, WindowScaling
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Segments, Stream
 
@@ -37,6 +40,9 @@ class Reconstruction:
         loss: Eq. 7.
         rounding: makes a linear's rounding from its out_features and in_features.
         learning_rates: of S_W and S_X.
+        step_size: makes what a weight's grid is learned by, from its initial scale (O, G, 1).
+        scaling: channel scales that are learned with each window; none if None.
+        descent: the optimizer and its schedule.
         epochs: passes over the calibration segments, a window.
         batch_size: segments a batch.
         accumulate_grad_batches: batches an optimizer step, their gradients averaged: the steps of a larger batch in
@@ -49,6 +55,7 @@ class Reconstruction:
         hard_start: share of the steps after which rounding is hard; beta reaches beta_end there.
         homologous_weight: see `WindowModule`.
         restart: learn a block in an overlap anew instead of going on from what the previous window learned.
+        keep_best: end with what the smallest batch's loss was measured on, among the steps with hard rounding.
         compile: fake quantization by `torch.compile`: true, false, or auto (see `choose_kernels`).
         seed: of the order of the segments.
 
@@ -63,6 +70,9 @@ class Reconstruction:
         loss: ReconstructionLoss,
         rounding: Callable[[int, int], Rounding],
         learning_rates: LearningRates,
+        step_size: Callable[[torch.Tensor], StepSize] = ScaleMultiplier,
+        scaling: LearnedScaling | None = None,
+        descent: Descent | None = None,
         epochs: int = 3,
         batch_size: int = 1,
         accumulate_grad_batches: int = 1,
@@ -73,6 +83,7 @@ class Reconstruction:
         hard_start: float = 0.3333,
         homologous_weight: float = 0.0,
         restart: bool = False,
+        keep_best: bool = False,
         compile: bool | str = "auto",
         seed: int = 0,
     ) -> None:
@@ -89,10 +100,14 @@ class Reconstruction:
         }.items():
             check_number(key, value)
         check_flag("reconstruction.restart", restart)
+        check_flag("reconstruction.keep_best", keep_best)
         check_compile(compile)
         self.loss = loss
         self.rounding = rounding
         self.learning_rates = learning_rates
+        self.step_size = step_size
+        self.scaling = scaling
+        self.descent = descent or Descent()
         self.epochs = epochs
         self.batch_size = batch_size
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -105,6 +120,7 @@ class Reconstruction:
         self.hardening = HardRounding(hard_start)
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
         self.finite_steps = FiniteSteps()
+        self.keepers = [BestStep(hard_start)] if keep_best else []
 
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps a window takes."""
@@ -127,12 +143,15 @@ class Reconstruction:
         first = measure(window, cache, targets, self.loss)
         with quant_state(blocks, QuantState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
+        scaling = self.scaling.start(window, cache) if self.scaling else None
         module = WindowModule(
             window,
             cache,
             self.loss,
             self.compensation_weight,
             self.learning_rates,
+            self.descent,
+            scaling,
             self.homologous_weight,
             self.accumulate_grad_batches,
         )
@@ -142,7 +161,9 @@ class Reconstruction:
             for linear in linears:
                 linear.rounding.harden_()
             last = measure(window, cache, targets, self.loss)
-            guard, last = self._keep_best(module, first, nearest, last)
+            guard, last = self._fall_back(module, scaling, first, nearest, last)
+        if scaling:
+            scaling.fold_()
         changed, total = map(sum, zip(*(linear.changed_integers() for linear in linears), strict=True))
         return WindowResult(
             start=window.start,
@@ -155,7 +176,9 @@ class Reconstruction:
             guard=guard,
         )
 
-    def _keep_best(self, module: WindowModule, first: float, nearest: float, last: float) -> tuple[str | None, float]:
+    def _fall_back(
+        self, module: WindowModule, scaling: WindowScaling | None, first: float, nearest: float, last: float
+    ) -> tuple[str | None, float]:
         """Go back to the window's start, or to round-to-nearest, if what was learned is worse.
 
         Returns:
@@ -168,9 +191,13 @@ class Reconstruction:
         kept = last
         if not last <= first:  # also where it is not a number
             restore_(module, self.finite_steps.start)
+            if scaling:
+                scaling.reset_()
             kept = first
             done.append(f"fell back to the window's start: the loss ended at {last:.4g}, not {first:.4g}")
         if not kept <= nearest:
+            if scaling:
+                scaling.reset_()
             for linear in quant_linears(list(module.blocks)):
                 if linear.weight_quantizer is not None:
                     linear.weight_quantizer.set_range_(linear.weight)
@@ -195,7 +222,7 @@ class Reconstruction:
             if isinstance(linear, QuantLinear) and linear.weight_quantizer is not None:
                 linear.rounding = self.rounding(linear.out_features, linear.in_features).to(linear.weight.device)
                 linear.rounding.harden_()
-                torch.nn.init.ones_(linear.weight_quantizer.scale_multiplier)
+                linear.weight_quantizer.step_size = self.step_size(linear.weight_quantizer.initial_scale)
         for quantizer in act_quantizers(list(modules)):
             torch.nn.init.ones_(quantizer.range_multiplier)
         for module in modules:
@@ -220,7 +247,7 @@ class Reconstruction:
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             max_steps=self.steps(len(cache)),
             accumulate_grad_batches=self.accumulate_grad_batches,
-            callbacks=[self.annealing, self.hardening, self.finite_steps, *callbacks],
+            callbacks=[self.annealing, self.hardening, self.finite_steps, *self.keepers, *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

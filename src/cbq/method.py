@@ -1,0 +1,39 @@
+"""What a method is called, and which schemes it is made for."""
+
+from dataclasses import dataclass
+
+from cbq.errors import InputError
+from cbq.quant.scheme import QuantScheme
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method of quantization. What it does is said by the other objects of a run.
+
+    Args:
+        name: for results.
+        without_activations: it is made for schemes that quantize weights only.
+        with_activations: it is made for schemes that quantize activations too.
+
+    Example:
+        >>> Method("awq", with_activations=False).check(QuantScheme(4, 4))
+        Traceback (most recent call last):
+        cbq.errors.InputError: method=awq is for weights only: quant.act_bits must be 16, got 4
+    """
+
+    name: str
+    without_activations: bool = True
+    with_activations: bool = True
+
+    def check(self, scheme: QuantScheme) -> None:
+        """Refuse a scheme that the method is not made for.
+
+        Raises:
+            InputError: the scheme quantizes activations, or does not, and the method is not for that.
+        """
+        if scheme.quantizes_activations and not self.with_activations:
+            raise InputError(
+                f"method={self.name} is for weights only: quant.act_bits must be 16, got {scheme.act_bits}"
+            )
+        if not scheme.quantizes_activations and not self.without_activations:
+            raise InputError(f"method={self.name} is for activations too: quant.act_bits must be below 16")
