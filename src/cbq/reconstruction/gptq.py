@@ -23,8 +23,8 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
         InputError: so little damping leaves the matrix singular.
 
     Example:
-        >>> inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), damping=0.0).tolist()
-        [[0.5, 0.0], [0.0, 0.5]]
+        >>> inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), damping=0.0).diagonal().tolist()
+        [0.5, 0.5]
 
     Source: step 3 of Frantar et al. (2023), section 3.3.
     """
