@@ -109,7 +109,10 @@ def test_settings_are_flat_and_without_duplicates():
 
 @pytest.mark.parametrize(
     "choice",
-    [*(f"rounding={option.stem}" for option in OPTIONS if option.parent.name == "rounding"), "reconstruction=default"],
+    [
+        *(f"rounding={option.stem}" for option in OPTIONS if option.parent.name == "rounding"),
+        *(f"reconstruction={name}" for name in ("default", "gptq", "linear_adaround")),
+    ],
 )
 def test_defaults_are_those_of_the_python_api(choice):
     """`rounding=lora` and `cbq.quantize(rounding=LoRARounding)` are one thing."""
@@ -119,3 +122,9 @@ def test_defaults_are_those_of_the_python_api(choice):
     parameters = {key: p for key, p in parameters.items() if key not in objects}
     defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
     assert {key: group[key] for key in defaults} == defaults
+
+
+def test_linear_adaround_brings_its_own_rounding_and_the_user_wins():
+    assert compose("reconstruction=linear_adaround").reconstruction.rounding._target_.endswith("AdaRound")
+    chosen = compose("reconstruction=linear_adaround", "rounding=dense_ste")
+    assert chosen.reconstruction.rounding._target_.endswith("DenseSTE")

@@ -24,6 +24,7 @@ from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
 from cbq.reconstruction.callbacks import WindowCurves
+from cbq.reconstruction.linear_by_linear import LinearByLinear
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.result import WindowResult
@@ -68,7 +69,7 @@ class Runner:
         scheme: QuantScheme,
         preprocess: NoPreprocessing,
         windows: SlidingWindows,
-        solver: Reconstruction | NoReconstruction,
+        solver: Reconstruction | LinearByLinear | NoReconstruction,
         calibration: Calibration,
         evaluation: PerplexityEvaluation,
         activations: StreamPlacement,

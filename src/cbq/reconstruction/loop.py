@@ -9,6 +9,7 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import fuse_linears_
+from cbq.reconstruction.linear_by_linear import LinearByLinear
 from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.solver import Reconstruction
@@ -21,7 +22,7 @@ def reconstruct_(
     blocks: nn.ModuleList,
     segments: torch.Tensor,
     plan: list[Window],
-    solver: Reconstruction | NoReconstruction,
+    solver: Reconstruction | LinearByLinear | NoReconstruction,
     callbacks: list[L.Callback],
     on_window: Callable[[WindowResult], None],
     place: Place = ON_DEVICE,

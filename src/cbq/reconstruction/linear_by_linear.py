@@ -1,0 +1,160 @@
+"""A window solved one linear after the other, each by the Gram matrix of its inputs: the ground of GPTQ and AdaRound.
+
+Shapes: N segments, T tokens, O out_features, I in_features.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from contextlib import suppress
+
+import lightning as L
+import torch
+
+from cbq.activations import ActivationCache, autocast
+from cbq.quant.linear import QuantLinear, quant_linears
+from cbq.quant.quantizer import ActQuantizer
+from cbq.quant.state import QuantState, quant_state, quantized_modules
+from cbq.reconstruction.losses import ReconstructionLoss
+from cbq.reconstruction.result import WindowResult, measure, window_blocks
+from cbq.reconstruction.windows import Window
+
+
+class _StopForward(Exception):
+    """Ends a forward pass once a linear's input is captured."""
+
+
+def quantize_alike(one: ActQuantizer | None, other: ActQuantizer | None) -> bool:
+    """Return whether two activation quantizers make the same of every input."""
+    if one is None or other is None:
+        return one is other
+    options = [(type(q), q.bits, q.symmetric, q.denominator) for q in (one, other)]
+    tensors = [q.state_dict().values() for q in (one, other)]
+    return options[0] == options[1] and all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+@torch.no_grad()
+def input_groups(cache: ActivationCache, start: int, index: int) -> list[list[QuantLinear]]:
+    """Return the linears of a block in the order in which it runs them, those that read the same values together.
+
+    Args:
+        cache: its quantized stream must be at block `start`; one segment of it is run.
+        start: first block of the window.
+        index: the block.
+    """
+    groups: list[tuple[torch.Tensor, list[QuantLinear]]] = []
+
+    def remember(linear: QuantLinear, args: tuple) -> None:
+        for x, group in groups:
+            if x is args[0] and quantize_alike(group[0].act_quantizer, linear.act_quantizer):
+                group.append(linear)
+                return
+        groups.append((args[0], [linear]))
+
+    linears = quant_linears(cache.blocks[index])
+    hooks = [linear.register_forward_pre_hook(remember) for linear in linears]
+    try:
+        with autocast(cache.device):
+            cache.run_blocks(start, index + 1, cache.quantized[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sum(len(group) for _, group in groups) == len(linears), "every linear of a block runs once"
+    return [group for _, group in groups]
+
+
+@torch.no_grad()
+def gram_matrix(cache: ActivationCache, start: int, index: int, linear: QuantLinear) -> torch.Tensor:
+    """Return the sum of x x^T over all tokens of the quantized stream, (I, I) float64, x what the linear multiplies.
+
+    Args:
+        cache: its quantized stream must be at block `start`.
+        start: first block of the window.
+        index: the block of the linear; it and those before it must be in the learned state.
+        linear: if it quantizes its input, x is quantized.
+
+    Note: products of a batch are float32, on a GPU too, where the rest of the forward is bfloat16; their sum is
+        float64, so that many segments lose nothing.
+    """
+    captured: list[torch.Tensor] = []
+
+    def stop(module: QuantLinear, args: tuple) -> None:
+        captured.append(args[0])
+        raise _StopForward
+
+    gram = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=cache.device)
+    batches = cache.place.feed(([cache.quantized[part]] for part in cache.parts(len(cache))), cache.device)
+    hook = linear.register_forward_pre_hook(stop)
+    try:
+        for (batch,) in batches:
+            with autocast(cache.device), suppress(_StopForward):
+                cache.run_blocks(start, index + 1, batch)
+            x = captured.pop()
+            x = (linear.act_quantizer(x) if linear.act_quantizer else x).flatten(0, -2).float()
+            gram += x.T @ x
+    finally:
+        hook.remove()
+    return gram
+
+
+class LinearByLinear(ABC):
+    """Solves a window's linears in the order in which its blocks run them, each on what the solved ones before it
+    give. Step sizes stay what they are.
+
+    Args:
+        loss: Eq. 7; only measured.
+    """
+
+    num_streams = 2
+
+    def __init__(self, loss: ReconstructionLoss) -> None:
+        self.loss = loss
+
+    def steps(self, num_segments: int) -> int:
+        """Return how many optimizer steps of a window callbacks hear of: none."""
+        return 0
+
+    @torch.no_grad()
+    def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
+        """Solve the window's linears; they end in the learned state.
+
+        Args:
+            window: which blocks. Those in an overlap are solved anew.
+            cache: its quantized stream must be at window.start, and its full-precision one not past window.stop.
+            callbacks: not called: there is no fit.
+        """
+        began = time.perf_counter()
+        assert cache.quantized_at == window.start, "the quantized stream is the window's input"
+        targets = cache.advance_full_precision(window.stop)
+        blocks = window_blocks(window, cache)
+        for module in quantized_modules(blocks):
+            module.state = QuantState.LEARNED
+        first = measure(window, cache, targets, self.loss)
+        with quant_state(blocks, QuantState.NEAREST):
+            nearest = measure(window, cache, targets, self.loss)
+        for index in range(window.rounding_start, window.stop):
+            for group in input_groups(cache, window.start, index):
+                linears = [linear for linear in group if linear.weight_quantizer is not None]
+                if linears:
+                    gram = gram_matrix(cache, window.start, index, linears[0])
+                for linear in linears:
+                    self.solve_linear_(linear, gram)
+        last = measure(window, cache, targets, self.loss)
+        changed, total = map(sum, zip(*(linear.changed_integers() for linear in quant_linears(blocks)), strict=True))
+        return WindowResult(
+            start=window.start,
+            stop=window.stop,
+            rec_loss_first=first,
+            rec_loss_last=last,
+            rec_loss_rtn=nearest,
+            changed_integers=changed / max(total, 1),
+            wall_time_seconds=time.perf_counter() - began,
+        )
+
+    @abstractmethod
+    def solve_linear_(self, linear: QuantLinear, gram: torch.Tensor) -> None:
+        """Give a linear its rounding, which must be hard.
+
+        Args:
+            linear: its weight is quantized.
+            gram: the sum of x x^T over its inputs x, (I, I), float64. Not to be changed: other linears read it too.
+        """
