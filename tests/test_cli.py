@@ -11,13 +11,14 @@ import pytest
 from cbq.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
+SHORT = [
     "tracking.mode=disabled",
     "calibration.num_segments=2",
     "calibration.segment_tokens=32",
-    "reconstruction.epochs=1",
     "evaluation.corpora=[]",
 ]
+SMALL = [*SHORT, "reconstruction=none"]
+LEARNED = [*SHORT, "reconstruction.epochs=1", "cbd.window=8"]  # one window
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def cbq(tmp_path, monkeypatch, capsys):
         (["method=rtn", "rounding.rank=3"], "rounding.rank"),
         (["method=awq", "quant=w4a4"], "method=awq is for weights only: quant.act_bits must be 16, got 4"),
         (["method=smoothquant", "quant=w4a16"], "method=smoothquant is for activations too"),
+        (["reconstruction.num_steps=0"], "reconstruction.num_steps must be an integer of at least 1, got 0"),
         (["reconstruction.keep_best=no"], "reconstruction.keep_best must be true or false"),
         (["debug=profil"], "'debug/profil' does not exist: it must be one of fast, none, profile"),
         (["debug=profile", "debug.profile.batch=1"], "did you mean debug.profile.batches?"),
@@ -206,7 +208,7 @@ def test_a_fault_of_ours_shows_and_is_kept(cbq, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("program", [[str(ROOT / "run.py")], ["-m", "cbq"]])
 def test_from_another_directory(tmp_path, program):
-    command = [sys.executable, *program, *SMALL, "cbd.window=8", "hydra.run.dir=run"]
+    command = [sys.executable, *program, *LEARNED, "hydra.run.dir=run"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
     assert {"results.json", "config.yaml", "metrics.csv", "checkpoint"} <= {
@@ -218,7 +220,7 @@ def test_from_another_directory(tmp_path, program):
 
 def test_settings_name_every_choice(cbq, tmp_path):
     options = ["rounding=lora_ste", "preprocess=cfp_weight", "cbd=blockwise", "calibration.num_segments=1"]
-    assert cbq(*SMALL[:2], *SMALL[2:], *options, "hydra.run.dir=run")[0] == 0
+    assert cbq(*SHORT, *options, "reconstruction.epochs=1", "hydra.run.dir=run")[0] == 0
     settings = json.loads((tmp_path / "run" / "results.json").read_text())["settings"]
     assert settings["rounding"] == "lora_ste"
     assert settings["preprocess"] == "cfp_weight"
@@ -234,7 +236,7 @@ def test_sweep_folders_stay_inside_the_sweep(cbq, tmp_path):
     many += ["reconstruction.learning_rates.weight_scale=0.0012345", "reconstruction.learning_rates.act_scale=0.00012"]
     many += ["reconstruction.beta_start=19.123456", "reconstruction.beta_end=2.123456", "reconstruction.warmup=0.21"]
     options = ["calibration=text", "calibration.path=../../a.txt,../../../x/../a.txt", "calibration.segment_tokens=16"]
-    words = [word for word in SMALL if "segment_tokens" not in word]
+    words = [word for word in LEARNED if "segment_tokens" not in word]
     cbq("-m", *words, *options, *many, "hydra.sweep.dir=sweep/one")
     folders = [path for path in (tmp_path / "sweep" / "one").iterdir() if path.is_dir()]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["sweep"]

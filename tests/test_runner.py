@@ -132,7 +132,7 @@ def test_rtn_is_round_to_nearest_of_every_block_linear(tmp_path, short_text):
 
 
 def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
-    options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.epochs=1", "evaluation=none"]
+    options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.epochs=1", "evaluation=none", "cbd.window=8"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, *options, f"seed={seed}")
     weights = {name: (tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in "abc"}

@@ -27,7 +27,7 @@ class RoundAsIdentity(torch.autograd.Function):
 
 
 def quantized(weight: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Cheng et al. (2023), Eq. 2 to 4: W~ = s clip(round(W / s + zp + V)), s = (max(W) alpha - min(W) beta) / (2^b - 1)."""
+    """Cheng et al. (2023), Eq. 2 to 4: the scale is (max(W) alpha - min(W) beta) / (2^b - 1)."""
     high, low = weight.amax(1, keepdim=True).clamp(min=0) * alpha, weight.amin(1, keepdim=True).clamp(max=0) * beta
     scale = (high - low) / (2**BITS - 1)
     zero_point = RoundAsIdentity.apply(-low / scale)
@@ -47,7 +47,7 @@ class Batches(L.Callback):
 
 def test_a_block_is_learned_as_written_out(make_setup, tiny_llama):
     """Same batches in the same order: the same offsets and clipping factors, and the same best step."""
-    overrides = ["method=signround", "reconstruction.epochs=3", "reconstruction.batch_size=4"]
+    overrides = ["method=signround", "reconstruction.num_steps=6", "reconstruction.batch_size=4"]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         solver = instantiate(hydra.compose("config", overrides=overrides).reconstruction)
     setup = make_setup(QuantScheme(BITS, 16))

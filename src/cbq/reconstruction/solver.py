@@ -44,6 +44,7 @@ class Reconstruction:
         scaling: channel scales that are learned with each window; none if None.
         descent: the optimizer and its schedule.
         epochs: passes over the calibration segments, a window.
+        num_steps: optimizer steps a window, instead of epochs, if not None.
         batch_size: segments a batch.
         accumulate_grad_batches: batches an optimizer step, their gradients averaged: the steps of a larger batch in
             the memory of a small one. Where they do not divide, the last step of an epoch has fewer batches and a
@@ -74,6 +75,7 @@ class Reconstruction:
         scaling: LearnedScaling | None = None,
         descent: Descent | None = None,
         epochs: int = 3,
+        num_steps: int | None = None,
         batch_size: int = 1,
         accumulate_grad_batches: int = 1,
         compensation_weight: float = 1.0,
@@ -87,8 +89,8 @@ class Reconstruction:
         compile: bool | str = "auto",
         seed: int = 0,
     ) -> None:
-        batches = {"batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
-        for key, value in ({"epochs": epochs} | batches).items():
+        counts = {"epochs": epochs, "batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
+        for key, value in (counts if num_steps is None else counts | {"num_steps": num_steps}).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction.{key} must be an integer of at least 1, got {value!r}")
         for key, value in {
@@ -109,6 +111,7 @@ class Reconstruction:
         self.scaling = scaling
         self.descent = descent or Descent()
         self.epochs = epochs
+        self.num_steps = num_steps
         self.batch_size = batch_size
         self.accumulate_grad_batches = accumulate_grad_batches
         self.compensation_weight = compensation_weight
@@ -124,6 +127,8 @@ class Reconstruction:
 
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps a window takes."""
+        if self.num_steps is not None:
+            return self.num_steps
         return self.epochs * -(-num_segments // (self.batch_size * self.accumulate_grad_batches))
 
     def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
@@ -246,6 +251,7 @@ class Reconstruction:
             devices=1 if device.type != "cuda" else [device.index or 0],
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             max_steps=self.steps(len(cache)),
+            max_epochs=-1,
             accumulate_grad_batches=self.accumulate_grad_batches,
             callbacks=[self.annealing, self.hardening, self.finite_steps, *self.keepers, *callbacks],
             logger=False,

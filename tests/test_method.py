@@ -1,0 +1,64 @@
+"""Which schemes a method is for, and that every preset does what its paper claims."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from cbq.cli import conf_dir, flatten
+from cbq.errors import InputError
+from cbq.method import Method
+from cbq.models.loading import embedded_folder
+from cbq.quant.scheme import QuantScheme
+from cbq.run_folder import RunFolder
+
+BOTH = ("w2a16", "w4a4")
+SCHEMES = {
+    "smoothquant": ("w4a4",),
+    "os_plus": ("w4a4",),
+    "awq": ("w4a16",),
+    "gptq": BOTH,
+    "adaround": BOTH,
+    "omniquant": BOTH,
+    "signround": BOTH,
+    "cbq": BOTH,
+}
+CELLS = [(method, scheme) for method, schemes in SCHEMES.items() for scheme in schemes]
+
+
+@pytest.mark.parametrize(
+    ("method", "good", "bad"),
+    [
+        (Method("weights", with_activations=False), QuantScheme(4, 16), QuantScheme(4, 8)),
+        (Method("both", without_activations=False), QuantScheme(4, 8), QuantScheme(4, 16)),
+    ],
+)
+def test_schemes_that_a_method_is_not_for(method, good, bad):
+    method.check(good)
+    with pytest.raises(InputError, match=f"method={method.name} is for"):
+        method.check(bad)
+
+
+def test_every_preset_but_round_to_nearest_has_its_cells():
+    names = {path.stem for path in (Path(conf_dir()) / "method").glob("*.yaml")}
+    assert names - {"rtn"} == set(SCHEMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "scheme"), CELLS)
+def test_a_preset_is_better_than_round_to_nearest(tmp_path, method, scheme):
+    """On the model with outliers, where a fourth of the calibration text and a tenth of the test text are enough."""
+    text = (embedded_folder("pico") / "test.txt").read_text(encoding="utf-8")
+    (tmp_path / "test.txt").write_text(text[: len(text) // 10], encoding="utf-8")
+    overrides = ["model=pico_outliers", f"method={method}", f"quant={scheme}", "tracking.mode=disabled"]
+    overrides += ["calibration.num_segments=16", "calibration.segment_tokens=128"]
+    overrides += [f"evaluation.text_path={tmp_path / 'test.txt'}", "evaluation.segment_tokens=128"]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("config", overrides=overrides)
+    runner = instantiate(config.runner, folder=RunFolder(tmp_path / "run", config), settings=flatten(config))
+    runner.run()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["method"] == method
+    assert results["perplexity"]["text"]["quantized"] < results["perplexity"]["text"]["rtn"]
