@@ -17,11 +17,21 @@ from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, LoRASTE, Neares
 
 SHAPE = (13, 32)  # a row of whole vectors: the last numbers of others go through another exp and pow
 SCHEMES = [(2, -1, False), (4, 8, False), (3, 16, True), (8, -1, True)]  # bits, group size, symmetric
+
+
+class FarDenseSTE(DenseSTE):
+    """Offsets of up to one and a half steps."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features, limit=1.5)
+
+
 # kind, hard, beta
 KINDS = [
     (Nearest, False, None),
     (DenseSTE, False, None),
     (LoRASTE, False, None),
+    (FarDenseSTE, False, None),
     *[(kind, hard, beta) for kind in (AdaRound, LoRARounding) for hard, beta in ((False, None), (True, None))],
     *[(kind, False, beta) for kind in (AdaRound, LoRARounding) for beta in (2.0, 7.3)],
 ]
@@ -244,7 +254,7 @@ def test_what_is_compiled_is_the_same_computation(monkeypatch):
     compiled: list[Callable] = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
     assert_close(all_outcomes(Compiled(), CASES), all_outcomes(Blocked(), CASES))
-    assert len(compiled) == 2 * 8, "each kind once each way: 3 straight-through, 2 soft, 2 hard, and inputs as nearest"
+    assert len(compiled) == 2 * 9, "each kind once each way: 4 straight-through, 2 soft, 2 hard, and inputs as nearest"
 
 
 def test_a_compiler_that_fails_is_left_alone(monkeypatch, caplog):

@@ -15,11 +15,9 @@ from cbq.quant.rounding import (
     LoRASTE,
     Nearest,
     Rounding,
-    compensation_loss,
     low_rank_factors,
-    rectified_sigmoid,
-    shifted_rectified_sigmoid,
 )
+from cbq.quant.sigmoid import compensation_loss, rectified_sigmoid, shifted_rectified_sigmoid
 
 SIGMOID_KINDS = [AdaRound, LoRARounding]
 STRAIGHT_THROUGH_KINDS = [DenseSTE, LoRASTE]
@@ -311,3 +309,22 @@ def test_low_rank_values_do_not_depend_on_autocast(kind):
         inside = rounding(groups, one, one)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, rounding(groups, one, one))
+
+
+def test_a_larger_limit_reaches_farther_integers(weight):
+    """An offset of 2 steps moves every integer by 2, where the grid has room; at the default limit by one half."""
+    quantizer = WeightQuantizer(weight, 8)
+    far, near = DenseSTE(6, 16, limit=3.0), DenseSTE(6, 16)
+    for rounding in (far, near):
+        torch.nn.init.constant_(rounding.offset_values, 2.0)
+    nearest = quantizer.starting_integers(weight)
+    moved = quantizer.integers(weight, far, *quantizer.grid()) - nearest
+    room = nearest <= 253
+    assert (moved[room] == 2).all()
+    assert set((quantizer.integers(weight, near, *quantizer.grid()) - nearest)[room].unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("inf"), "far", True], ids=str)
+def test_bad_limits(limit):
+    with pytest.raises(InputError, match="must be a number above 0"):
+        DenseSTE(6, 16, limit=limit)

@@ -13,6 +13,7 @@ Shapes: R rows (out_features of a weight, tokens of an activation), G groups a r
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -78,18 +79,18 @@ def dequantize_backward(
     return scale_gradient, torch.mul(gradient, grid.scale, out=clipped).mul_(inside)
 
 
-def straight_through_forward(groups, logits, grid, beta, out):
+def straight_through_forward(groups, logits, grid, beta, out, limit=0.5):
     """round(W / s + clip(V)), on the grid of s."""
     steps = groups / grid.scale
     if logits is not None:
-        steps.add_(logits.clamp(-0.5, 0.5))
+        steps.add_(logits.clamp(-limit, limit))
     dequantize(steps.round_(), grid, out)
 
 
-def straight_through_backward(gradient, penalty_gradient, groups, logits, grid, beta, out):
+def straight_through_backward(gradient, penalty_gradient, groups, logits, grid, beta, out, limit=0.5):
     """The gradient passes through round; W / s depends on s too."""
     steps = groups / grid.scale
-    offset = logits.clamp(-0.5, 0.5)
+    offset = logits.clamp(-limit, limit)
     scale_gradient, steps_gradient = dequantize_backward(gradient, (steps + offset).round_(), grid)
     torch.mul(steps_gradient, offset.eq_(logits), out=out)
     return scale_gradient.sub_(steps.div_(grid.scale).mul_(steps_gradient).sum(-1, keepdim=True))
@@ -162,6 +163,11 @@ def penalty_backward(penalty_gradient, values, beta):
 
 
 NEAREST = Formula(straight_through_forward, nearest_backward)  # of weights without a learned rounding, and of inputs
-STRAIGHT_THROUGH = Formula(straight_through_forward, straight_through_backward)
 SOFT_SIGMOID = Formula(soft_forward, soft_backward)
 HARD_SIGMOID = Formula(hard_forward, hard_backward)
+
+
+@cache
+def straight_through(limit: float) -> Formula:
+    """Return the formula of an offset of at most `limit`; the same object every time, which is compiled once."""
+    return Formula(partial(straight_through_forward, limit=limit), partial(straight_through_backward, limit=limit))

@@ -18,53 +18,9 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.quant.affine import round_ste
-from cbq.quant.formulas import GAMMA, HARD_SIGMOID, NEAREST, SOFT_SIGMOID, STRAIGHT_THROUGH, ZETA
+from cbq.quant.formulas import HARD_SIGMOID, NEAREST, SOFT_SIGMOID, straight_through
 from cbq.quant.logits import DenseLogits, Fusion, LogitsSource, LowRankLogits, NoLogits
-
-
-def rectified_sigmoid(rounding_logits: torch.Tensor) -> torch.Tensor:
-    """Return Clip(Sigmoid(V)(zeta - gamma) + gamma, 0, 1).
-
-    Example:
-        >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
-        tensor([0.0000, 0.5000, 1.0000])
-
-    Source: Eq. 8.
-    """
-    return (torch.sigmoid(rounding_logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def shifted_rectified_sigmoid(fraction: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return Eq. 8 at V0 + shift, where V0 is the frozen point at which Eq. 8 gives `fraction`.
-
-    sigmoid(logit(p) + shift) = p / (p + (1 - p) exp(-shift)): V0 itself is never computed or stored.
-
-    Args:
-        fraction: values in [0, 1), what rounding down would lose.
-        shift: learned, same shape, 0 at the start.
-
-    Example:
-        >>> shifted_rectified_sigmoid(torch.tensor([0.25]), torch.tensor([0.0]))
-        tensor([0.2500])
-
-    Note: the paper starts at V = A1 A2 = 0, which by Eq. 8 is 0.5 everywhere: neither full precision nor
-        round-to-nearest. Starting at V0 is AdaRound's way (METHOD 1).
-    """
-    p = (fraction - GAMMA) / (ZETA - GAMMA)
-    return (p / (p + (1 - p) * torch.exp((-shift).clamp_max(80))) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
-def compensation_loss(rounding_values: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
-    """Return the mean over elements of 1 - |2 Delta_W - 1|^beta: 0 when every value is 0 or 1, at most 1.
-
-    Example:
-        >>> compensation_loss(torch.tensor([0.0, 0.5, 1.0, 0.5]), beta=2.0)
-        tensor(0.5000)
-
-    Source: Eq. 12.
-    Note: a mean instead of the printed sum, so that its weight in Eq. 13 does not depend on the model's width.
-    """
-    return (1 - (2 * rounding_values - 1).abs().pow(beta)).mean()
+from cbq.quant.sigmoid import compensation_loss, shifted_rectified_sigmoid
 
 
 class Rounding(nn.Module, ABC):
@@ -219,17 +175,31 @@ class LoRARounding(SigmoidRounding):
 
 
 class StraightThroughRounding(Rounding):
-    """round(W / s + offset), on the grid of the learned scale s."""
+    """round(W / s + offset), on the grid of the learned scale s.
+
+    Args:
+        learning_rate: of the offset.
+        limit: the largest offset, in units of the scale: at 0.5 a weight reaches its two neighbouring integers.
+
+    Raises:
+        InputError: limit is not above 0.
+    """
+
+    def __init__(self, learning_rate: float, limit: float) -> None:
+        super().__init__(learning_rate)
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+            raise InputError(f"rounding.limit must be a number above 0, got {limit!r}")
+        self.limit = float(limit)
 
     @abstractmethod
     def offset(self) -> torch.Tensor:
         """Return the learned offset in units of the scale, (O, I), before clipping."""
 
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return round_ste(groups / scale + self.offset().view_as(groups).clamp(-0.5, 0.5))
+        return round_ste(groups / scale + self.offset().view_as(groups).clamp(-self.limit, self.limit))
 
     def fusion(self) -> Fusion:
-        return Fusion(STRAIGHT_THROUGH, self.source)
+        return Fusion(straight_through(self.limit), self.source)
 
 
 class DenseSTE(StraightThroughRounding):
@@ -239,14 +209,15 @@ class DenseSTE(StraightThroughRounding):
         out_features: O.
         in_features: I.
         learning_rate: of the offsets.
+        limit: see `StraightThroughRounding`.
 
     Note: not in the paper. The dense form of METHOD 2; in our measurements the strongest kind.
     """
 
     source = DenseLogits()
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3) -> None:
-        super().__init__(learning_rate)
+    def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3, limit: float = 0.5) -> None:
+        super().__init__(learning_rate, limit)
         self.offset_values = nn.Parameter(torch.zeros(out_features, in_features))
 
     def offset(self) -> torch.Tensor:
@@ -261,6 +232,7 @@ class LoRASTE(StraightThroughRounding):
         in_features: I.
         learning_rate: of A1 and A2.
         rank: R, 1 to min(O, I); a larger one is cut down to it.
+        limit: see `StraightThroughRounding`.
 
     Note: not in the paper. A low-rank V cannot saturate the sigmoid of every element, so hardening jumps back
         towards round-to-nearest; a straight-through offset has nothing to saturate (METHOD 2).
@@ -268,8 +240,10 @@ class LoRASTE(StraightThroughRounding):
 
     source = LowRankLogits()
 
-    def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3, rank: int = 5) -> None:
-        super().__init__(learning_rate)
+    def __init__(
+        self, out_features: int, in_features: int, learning_rate: float = 5e-3, rank: int = 5, limit: float = 0.5
+    ) -> None:
+        super().__init__(learning_rate, limit)
         self.a1, self.a2 = low_rank_factors(out_features, in_features, rank)
 
     def offset(self) -> torch.Tensor:
