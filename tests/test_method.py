@@ -23,6 +23,7 @@ SCHEMES = {
     "adaround": BOTH,
     "omniquant": BOTH,
     "signround": BOTH,
+    "cbq_best": BOTH,
     "cbq": BOTH,
 }
 CELLS = [(method, scheme) for method, schemes in SCHEMES.items() for scheme in schemes]

@@ -1,0 +1,45 @@
+"""Several steps of preprocessing, one after the other."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from cbq.errors import InputError
+from cbq.streams.places import ON_DEVICE, Place
+
+
+class Preprocessing(Protocol):
+    """What changes a model before anything is learned."""
+
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
+        """Change the blocks' weights, or the ranges of their quantizers."""
+
+
+class Chain:
+    """Applies steps in order: what scales channels comes before what sets ranges, since scaling sets them anew.
+
+    Args:
+        steps: by a name of the user's choice; at least one.
+
+    Raises:
+        InputError: there is none.
+    """
+
+    def __init__(self, steps: Mapping[str, Preprocessing]) -> None:
+        if not steps:
+            raise InputError("preprocess.steps must name at least one step")
+        self.steps = list(steps.values())
+
+    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
+        """Change the blocks' weights and the ranges of their quantizers.
+
+        Args:
+            model: the language model, its linears in the full-precision state.
+            blocks: its blocks.
+            segments: calibration token ids, (N, T).
+            place: where streams are kept meanwhile.
+        """
+        for step in self.steps:
+            step.apply_(model, blocks, segments, place)
