@@ -13,6 +13,7 @@ class GivenIntegers(Rounding):
 
     Args:
         values: (O, I), whole numbers of -255 to 255: the integers less the zero point. Kept in 16 bits.
+        steps: (O, I), what was rounded to them, in units of the scale, for who goes on from there; or None.
 
     Example:
         >>> one = torch.ones(1, 1, 1)
@@ -20,9 +21,10 @@ class GivenIntegers(Rounding):
         tensor([[[-1.,  3.]]])
     """
 
-    def __init__(self, values: torch.Tensor) -> None:
+    def __init__(self, values: torch.Tensor, steps: torch.Tensor | None = None) -> None:
         super().__init__(learning_rate=0.0)
         self.register_buffer("values", values.to(torch.int16))
+        self.register_buffer("steps", None if steps is None else steps.float())
 
     def forward(self, groups: torch.Tensor, initial_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return self.values.view_as(groups).to(groups.dtype)

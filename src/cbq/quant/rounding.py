@@ -66,6 +66,17 @@ class Rounding(nn.Module, ABC):
         penalty, self.last_penalty = self.last_penalty, None
         return penalty
 
+    def start_from_(self, offset: torch.Tensor) -> None:
+        """Start from elsewhere than round-to-nearest.
+
+        Args:
+            offset: (O, I), in units of the scale: what is rounded, less W / s.
+
+        Raises:
+            InputError: this kind cannot.
+        """
+        raise InputError("reconstruction.start needs a rounding with one offset a weight: rounding=dense_ste")
+
     def harden_(self) -> None:
         """Make every following forward return integers; gradients pass straight through."""
 
@@ -219,6 +230,10 @@ class DenseSTE(StraightThroughRounding):
     def __init__(self, out_features: int, in_features: int, learning_rate: float = 5e-3, limit: float = 0.5) -> None:
         super().__init__(learning_rate, limit)
         self.offset_values = nn.Parameter(torch.zeros(out_features, in_features))
+
+    @torch.no_grad()
+    def start_from_(self, offset: torch.Tensor) -> None:
+        self.offset_values.copy_(offset.clamp(-self.limit, self.limit))
 
     def offset(self) -> torch.Tensor:
         return self.offset_values

@@ -51,8 +51,8 @@ def feed_back_errors(
     quant_range: tuple[int, int],
     factor: torch.Tensor,
     block_size: int,
-) -> torch.Tensor:
-    """Return the integers of a weight less the zero point, (O, I), rounded column by column from the first.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a weight column by column from the first.
 
     Args:
         weight: (O, I).
@@ -62,21 +62,26 @@ def feed_back_errors(
         factor: what `inverse_factor` gives, its rows in the order of the columns, (I, I).
         block_size: columns whose errors reach the columns after them in one product; no result depends on it.
 
+    Returns:
+        the integers less the zero point, (O, I); the weight in units of the scale as each column was rounded, with what
+        the columns before it had lost, (O, I).
+
     Source: Algorithm 1 of Frantar et al. (2023).
     """
-    weight, values = weight.clone(), torch.empty_like(weight)
+    weight, values, steps = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], block_size):
         block = slice(start, start + block_size)
         errors = torch.empty_like(weight[:, block])
         for offset, column in enumerate(range(weight.shape[1])[block]):
             rest = slice(column, block.stop)
             shift = zero_point[:, column]
-            integers = ((weight[:, column] / scale[:, column]).round() + shift).clamp(*quant_range)
+            steps[:, column] = weight[:, column] / scale[:, column]
+            integers = (steps[:, column].round() + shift).clamp(*quant_range)
             values[:, column] = integers - shift
             errors[:, offset] = (weight[:, column] - values[:, column] * scale[:, column]) / factor[column, column]
             weight[:, rest] -= torch.outer(errors[:, offset], factor[column, rest])
         weight[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return values
+    return values, steps
 
 
 class GPTQ(LinearByLinear):
@@ -119,7 +124,7 @@ class GPTQ(LinearByLinear):
             each.double().expand(-1, -1, group_size).flatten(1)[:, order]
             for each in (quantizer.scale, quantizer.zero_point)
         )
-        rounded = feed_back_errors(
+        rounded, moved = feed_back_errors(
             linear.weight.double()[:, order],
             scale,
             zero_point,
@@ -127,6 +132,6 @@ class GPTQ(LinearByLinear):
             inverse_factor(gram[order][:, order], self.damping),
             self.block_size,
         )
-        values = torch.empty_like(rounded)
-        values[:, order] = rounded
-        linear.rounding = GivenIntegers(values)
+        values, steps = torch.empty_like(rounded), torch.empty_like(moved)
+        values[:, order], steps[:, order] = rounded, moved
+        linear.rounding = GivenIntegers(values, steps)

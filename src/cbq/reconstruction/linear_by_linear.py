@@ -132,12 +132,7 @@ class LinearByLinear(ABC):
         with quant_state(blocks, QuantState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
         for index in range(window.rounding_start, window.stop):
-            for group in input_groups(cache, window.start, index):
-                linears = [linear for linear in group if linear.weight_quantizer is not None]
-                if linears:
-                    gram = gram_matrix(cache, window.start, index, linears[0])
-                for linear in linears:
-                    self.solve_linear_(linear, gram)
+            self.solve_block_(cache, window.start, index)
         last = measure(window, cache, targets, self.loss)
         changed, total = map(sum, zip(*(linear.changed_integers() for linear in quant_linears(blocks)), strict=True))
         return WindowResult(
@@ -149,6 +144,22 @@ class LinearByLinear(ABC):
             changed_integers=changed / max(total, 1),
             wall_time_seconds=time.perf_counter() - began,
         )
+
+    @torch.no_grad()
+    def solve_block_(self, cache: ActivationCache, start: int, index: int) -> None:
+        """Give every linear of a block its rounding.
+
+        Args:
+            cache: its quantized stream must be at block `start`.
+            start: first block of the window.
+            index: the block; it and those before it must be in the learned state.
+        """
+        for group in input_groups(cache, start, index):
+            linears = [linear for linear in group if linear.weight_quantizer is not None]
+            if linears:
+                gram = gram_matrix(cache, start, index, linears[0])
+            for linear in linears:
+                self.solve_linear_(linear, gram)
 
     @abstractmethod
     def solve_linear_(self, linear: QuantLinear, gram: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache
 from cbq.errors import InputError, check_flag, check_number
+from cbq.quant.affine import to_groups
 from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import act_quantizers
@@ -22,6 +23,7 @@ from cbq.quant.step_size import ScaleMultiplier, StepSize
 from cbq.reconstruction.callbacks import BestStep, BetaAnnealing, HardRounding
 from cbq.reconstruction.descent import Descent
 from cbq.reconstruction.guard import FiniteSteps, restore_
+from cbq.reconstruction.linear_by_linear import LinearByLinear
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.result import WindowResult, measure, window_blocks
@@ -33,6 +35,9 @@ for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)  # one "GPU available" banner a window
 
 
+EDGE = 0.49  # of a step: what lies this far beyond the grid's last integer still rounds to it
+
+
 class Reconstruction:
     """Learns a window's step sizes and rounding by gradient descent on its reconstruction loss.
 
@@ -42,6 +47,7 @@ class Reconstruction:
         learning_rates: of S_W and S_X.
         step_size: makes what a weight's grid is learned by, from its initial scale (O, G, 1).
         scaling: channel scales that are learned with each window; none if None.
+        start: rounds a block's linears before it is learned, as `GPTQ` does; round-to-nearest if None.
         descent: the optimizer and its schedule.
         epochs: passes over the calibration segments, a window.
         num_steps: optimizer steps a window, instead of epochs, if not None.
@@ -73,6 +79,7 @@ class Reconstruction:
         learning_rates: LearningRates,
         step_size: Callable[[torch.Tensor], StepSize] = ScaleMultiplier,
         scaling: LearnedScaling | None = None,
+        start: LinearByLinear | None = None,
         descent: Descent | None = None,
         epochs: int = 3,
         num_steps: int | None = None,
@@ -109,6 +116,7 @@ class Reconstruction:
         self.learning_rates = learning_rates
         self.step_size = step_size
         self.scaling = scaling
+        self.start = start
         self.descent = descent or Descent()
         self.epochs = epochs
         self.num_steps = num_steps
@@ -144,7 +152,7 @@ class Reconstruction:
         targets = cache.advance_full_precision(window.stop)
         blocks = window_blocks(window, cache)
         linears = quant_linears(blocks)
-        self._prepare(blocks)
+        self._prepare(window, cache)
         first = measure(window, cache, targets, self.loss)
         with quant_state(blocks, QuantState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
@@ -212,14 +220,30 @@ class Reconstruction:
         self.finite_steps.start = []
         return "; ".join(filter(None, done)) or None, kept
 
-    def _prepare(self, blocks: list[nn.Module]) -> None:
+    def _prepare(self, window: Window, cache: ActivationCache) -> None:
         """Give what is new to reconstruction its start; the rest goes on from what it learned. Roundings are hard."""
-        modules = quantized_modules(blocks)
-        self._reset([module for module in modules if self.restart or module.state is not QuantState.LEARNED])
+        modules = quantized_modules(window_blocks(window, cache))
+        new = [module for module in modules if self.restart or module.state is not QuantState.LEARNED]
+        self._reset(new)
         for module in modules:
             module.state = QuantState.LEARNED
-        for linear in quant_linears(blocks):
+        if self.start:
+            self._start_from_other(window, cache, set(new))
+        for linear in quant_linears(window_blocks(window, cache)):
             linear.rounding.harden_()
+
+    def _start_from_other(self, window: Window, cache: ActivationCache, new: set[nn.Module]) -> None:
+        """Let the roundings of blocks that are new to reconstruction start where `self.start` puts them."""
+        for index in range(window.rounding_start, window.stop):
+            linears = [linear for linear in quant_linears(cache.blocks[index]) if linear in new]
+            linears = [linear for linear in linears if linear.weight_quantizer is not None]
+            learned = [linear.rounding for linear in linears]
+            if not linears:
+                continue
+            self.start.solve_block_(cache, window.start, index)
+            for linear, rounding in zip(linears, learned, strict=True):
+                rounding.start_from_(offset_of(linear))
+                linear.rounding = rounding
 
     def _reset(self, modules: Sequence[Quantized]) -> None:
         """Give modules what they start with: round-to-nearest, and everything to learn."""
@@ -278,3 +302,15 @@ class Reconstruction:
         module.learned.requires_grad_(False)
         module.zero_grad()  # the next window makes its own
         module.learned.to(device)  # Lightning moves what it trained to the CPU
+
+
+def offset_of(linear: QuantLinear) -> torch.Tensor:
+    """Return what a linear's given integers were rounded from, less W / s, (O, I), in units of the scale.
+
+    What lies beyond the grid is brought to its edge, where a gradient still moves it.
+    """
+    quantizer, given = linear.weight_quantizer, linear.rounding
+    scale, zero_point = quantizer.grid()
+    edges = quantizer.quant_min - zero_point - EDGE, quantizer.quant_max - zero_point + EDGE
+    groups = to_groups(linear.weight.float(), quantizer.group_size)
+    return (given.steps.view_as(groups).clamp(*edges) - groups / scale).flatten(1)
