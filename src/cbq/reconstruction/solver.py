@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache
 from cbq.errors import InputError, check_flag, check_number
-from cbq.quant.affine import to_groups
 from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import act_quantizers
@@ -22,20 +20,18 @@ from cbq.quant.state import Quantized, QuantState, quant_state, quantized_module
 from cbq.quant.step_size import ScaleMultiplier, StepSize
 from cbq.reconstruction.callbacks import BestStep, BetaAnnealing, HardRounding
 from cbq.reconstruction.descent import Descent
+from cbq.reconstruction.gptq import GPTQ
 from cbq.reconstruction.guard import FiniteSteps, restore_
-from cbq.reconstruction.linear_by_linear import LinearByLinear
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.result import WindowResult, measure, window_blocks
 from cbq.reconstruction.scaling import LearnedScaling, WindowScaling
+from cbq.reconstruction.start import start_from_
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Segments, Stream
 
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)  # one "GPU available" banner a window
-
-
-EDGE = 0.49  # of a step: what lies this far beyond the grid's last integer still rounds to it
 
 
 class Reconstruction:
@@ -47,7 +43,7 @@ class Reconstruction:
         learning_rates: of S_W and S_X.
         step_size: makes what a weight's grid is learned by, from its initial scale (O, G, 1).
         scaling: channel scales that are learned with each window; none if None.
-        start: rounds a block's linears before it is learned, as `GPTQ` does; round-to-nearest if None.
+        start: rounds a block's linears before it is learned; round-to-nearest if None.
         descent: the optimizer and its schedule.
         epochs: passes over the calibration segments, a window.
         num_steps: optimizer steps a window, instead of epochs, if not None.
@@ -79,7 +75,7 @@ class Reconstruction:
         learning_rates: LearningRates,
         step_size: Callable[[torch.Tensor], StepSize] = ScaleMultiplier,
         scaling: LearnedScaling | None = None,
-        start: LinearByLinear | None = None,
+        start: GPTQ | None = None,
         descent: Descent | None = None,
         epochs: int = 3,
         num_steps: int | None = None,
@@ -111,6 +107,10 @@ class Reconstruction:
         check_flag("reconstruction.restart", restart)
         check_flag("reconstruction.keep_best", keep_best)
         check_compile(compile)
+        if start is not None:
+            if not isinstance(start, GPTQ):
+                raise InputError(f"reconstruction.start must be null or gptq, got {start!r}")
+            rounding(1, 1).start_from_(torch.zeros(1, 1))
         self.loss = loss
         self.rounding = rounding
         self.learning_rates = learning_rates
@@ -228,22 +228,9 @@ class Reconstruction:
         for module in modules:
             module.state = QuantState.LEARNED
         if self.start:
-            self._start_from_other(window, cache, set(new))
+            start_from_(self.start, window, cache, set(new))
         for linear in quant_linears(window_blocks(window, cache)):
             linear.rounding.harden_()
-
-    def _start_from_other(self, window: Window, cache: ActivationCache, new: set[nn.Module]) -> None:
-        """Let the roundings of blocks that are new to reconstruction start where `self.start` puts them."""
-        for index in range(window.rounding_start, window.stop):
-            linears = [linear for linear in quant_linears(cache.blocks[index]) if linear in new]
-            linears = [linear for linear in linears if linear.weight_quantizer is not None]
-            learned = [linear.rounding for linear in linears]
-            if not linears:
-                continue
-            self.start.solve_block_(cache, window.start, index)
-            for linear, rounding in zip(linears, learned, strict=True):
-                rounding.start_from_(offset_of(linear))
-                linear.rounding = rounding
 
     def _reset(self, modules: Sequence[Quantized]) -> None:
         """Give modules what they start with: round-to-nearest, and everything to learn."""
@@ -302,15 +289,3 @@ class Reconstruction:
         module.learned.requires_grad_(False)
         module.zero_grad()  # the next window makes its own
         module.learned.to(device)  # Lightning moves what it trained to the CPU
-
-
-def offset_of(linear: QuantLinear) -> torch.Tensor:
-    """Return what a linear's given integers were rounded from, less W / s, (O, I), in units of the scale.
-
-    What lies beyond the grid is brought to its edge, where a gradient still moves it.
-    """
-    quantizer, given = linear.weight_quantizer, linear.rounding
-    scale, zero_point = quantizer.grid()
-    edges = quantizer.quant_min - zero_point - EDGE, quantizer.quant_max - zero_point + EDGE
-    groups = to_groups(linear.weight.float(), quantizer.group_size)
-    return (given.steps.view_as(groups).clamp(*edges) - groups / scale).flatten(1)
