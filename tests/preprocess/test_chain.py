@@ -35,3 +35,8 @@ def test_a_chain_is_its_steps_in_order(tiny_llama_folder: Path) -> None:
 def test_no_steps() -> None:
     with pytest.raises(InputError, match="at least one step"):
         Chain({})
+
+
+def test_what_is_no_step() -> None:
+    with pytest.raises(InputError, match="must be a step of preprocessing, got None"):
+        Chain({"scale": SmoothQuant(), "clip": None})

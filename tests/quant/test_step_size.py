@@ -42,6 +42,8 @@ def test_factors_stay_between_almost_nothing_and_the_whole_range():
     torch.nn.init.constant_(quantizer.step_size.upper, 3.0)
     torch.nn.init.constant_(quantizer.step_size.lower, 3.0)
     assert torch.equal(quantizer.scale, whole)
+    quantizer.scale.sum().backward()
+    assert (quantizer.step_size.upper.grad > 0).all(), "not stuck where it starts"
     torch.nn.init.constant_(quantizer.step_size.upper, -1.0)
     assert (quantizer.scale > 0).all()
 

@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from cbq.cli import conf_dir
+from cbq.quant.rounding import AdaRound, DenseSTE
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.descent import Descent, SignSGD
 from cbq.reconstruction.solver import Reconstruction
@@ -74,19 +75,26 @@ class Record(L.Callback):
         self.end = [parameter.detach().clone() for parameter in module.learned]
 
 
-@pytest.mark.parametrize("start", [0.25, 0.5])
-def test_the_best_step_is_kept(make_setup, make_solver, start):
-    """A rate that is far too large: the first steps are the best, and only those after `hard_start` count."""
+@pytest.mark.parametrize(("kind", "start"), [(DenseSTE, 0.5), (AdaRound, 0.25), (AdaRound, 0.5)])
+def test_the_best_step_is_kept(make_setup, make_solver, kind, start):
+    """A rate that is far too large: the last step is not the best, and of soft rounding none counts."""
     record = Record()
     constant = Descent(schedule=lambda optimizer, steps: torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, 0.0))
     options = {"descent": constant, "keep_best": True, "hard_start": start, "warmup": 0.0, "epochs": 3}
-    solver = make_solver(weight_scale=0.3, **options)
+    solver = make_solver(kind, weight_scale=0.3, **options)
     setup = make_setup(QuantScheme(4, 4))
     setup.solve(solver, SlidingWindows(2), [record], num_windows=1)
-    counted = [step for step in range(12) if step >= start * 12]
+    counted = [step for step in range(12) if step >= start * 12 or kind is DenseSTE]
     best = min(counted, key=lambda step: record.losses[step])
     assert best != 11
     assert all(torch.equal(a, b) for a, b in zip(record.end, record.values[best], strict=True))
+
+
+def test_without_hard_steps_the_last_one_is_kept(make_setup, make_solver):
+    record, setup = Record(), make_setup(QuantScheme(4, 4))
+    solver = make_solver(AdaRound, keep_best=True, hard_start=1.0)
+    setup.solve(solver, SlidingWindows(2), [record], num_windows=1)
+    assert not any(torch.equal(a, b) for a, b in zip(record.end, record.values[-1], strict=True))
 
 
 def test_a_window_learns_by_sign_descent(make_setup, make_solver):

@@ -7,6 +7,7 @@ import torch
 from cbq.quant.linear import fuse_linears_, quant_linears
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding
 from cbq.quant.scheme import QuantScheme
+from cbq.quant.step_size import ScaleMultiplier, SigmoidClipping
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.solver import measure
 from cbq.reconstruction.windows import SlidingWindows
@@ -103,12 +104,14 @@ def test_absurd_rates_end_no_worse_than_round_to_nearest(make_setup, make_solver
     assert loss == pytest.approx(result.rec_loss_last, rel=1e-5)
 
 
-def test_a_start_worse_than_round_to_nearest_is_left_behind(make_setup, make_solver) -> None:
+@pytest.mark.parametrize("step_size", [ScaleMultiplier, SigmoidClipping])
+def test_a_start_worse_than_round_to_nearest_is_left_behind(make_setup, make_solver, step_size) -> None:
     """What the first window left is spoiled, and the second diverges: round-to-nearest, and the third goes on."""
-    setup, solver = make_setup(W4A4), make_solver()
+    setup, solver = make_setup(W4A4), make_solver(step_size=step_size)
     setup.solve(solver, SlidingWindows(2), [], num_windows=1)
     for linear in quant_linears(setup.blocks[1]):
-        linear.weight_quantizer.step_size.multiplier.fill_(3.0)
+        for parameter in linear.weight_quantizer.step_size.parameters():
+            parameter.fill_({ScaleMultiplier: 3.0, SigmoidClipping: -3.0}[step_size])
     result = solver.solve(WINDOWS[1], setup.cache, [Spoil(set(range(8)))])
     assert result.rec_loss_first > result.rec_loss_rtn
     assert "fell back to round-to-nearest" in result.guard

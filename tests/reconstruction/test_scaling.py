@@ -2,16 +2,18 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 
 from cbq.errors import InputError
 from cbq.preprocess.scaling import SmoothQuant
 from cbq.quant.linear import quant_linears
-from cbq.quant.rounding import Nearest
+from cbq.quant.rounding import AdaRound, Nearest
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quant.step_size import SigmoidClipping
+from cbq.reconstruction.gptq import GPTQ
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.result import measure
 from cbq.reconstruction.scaling import LearnedScaling
@@ -32,6 +34,10 @@ def setup(make_setup):
     return setup
 
 
+def new(setup) -> set:
+    return set(quant_linears(setup.blocks))
+
+
 def output(setup) -> torch.Tensor:
     """What the first block makes of the stream in full precision."""
     with quant_state(setup.blocks[0], QuantState.FULL_PRECISION), torch.no_grad():
@@ -40,7 +46,7 @@ def output(setup) -> torch.Tensor:
 
 def test_scales_start_and_fold_without_a_trace(setup):
     before, names, expected = setup.state(), set(setup.model.state_dict()), output(setup)
-    scaling = LearnedScaling().start(BLOCK, setup.cache)
+    scaling = LearnedScaling().start(BLOCK, setup.cache, new(setup))
     torch.testing.assert_close(output(setup), expected, rtol=1e-3, atol=1e-4)
     scaling.reset_()
     assert torch.equal(output(setup), expected), "a scale of 1"
@@ -67,7 +73,7 @@ def test_scales_start_as_smoothquants(setup):
     """What follows a norm, as the preprocessing of that name leaves it."""
     other = copy.deepcopy(setup.model)
     SmoothQuant(0.7).apply_(other, other.model.layers, setup.segments)
-    LearnedScaling(alpha=0.7).start(BLOCK, setup.cache).fold_()
+    LearnedScaling(alpha=0.7).start(BLOCK, setup.cache, new(setup)).fold_()
     for name in ("self_attn.q_proj", "mlp.gate_proj", "input_layernorm", "post_attention_layernorm"):
         mine, theirs = (blocks[0].get_submodule(name).weight for blocks in (setup.blocks, other.model.layers))
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -75,8 +81,8 @@ def test_scales_start_as_smoothquants(setup):
 
 def test_only_where_inputs_are_quantized(make_setup):
     setup = make_setup(QuantScheme(2, 16))
-    assert len(LearnedScaling().start(BLOCK, setup.cache).channel_scales) == 0
-    assert len(LearnedScaling(weight_only=True).start(BLOCK, setup.cache).channel_scales) == 4
+    assert len(LearnedScaling().start(BLOCK, setup.cache, new(setup)).channel_scales) == 0
+    assert len(LearnedScaling(weight_only=True).start(BLOCK, setup.cache, new(setup)).channel_scales) == 4
 
 
 def test_learned_scales_lower_the_loss_and_stay_in_the_weights(setup, make_solver):
@@ -100,6 +106,64 @@ def test_nothing_is_left_of_a_window_that_diverges(setup, make_solver):
     assert result.rec_loss_last == result.rec_loss_first
     after = setup.state()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_ranges_that_preprocessing_cut_stay_cut(setup):
+    linears = quant_linears(setup.blocks[0])
+    for linear in linears:
+        linear.weight_quantizer.set_range_(linear.weight * 0.7)
+    before = [linear.weight_quantizer.high.clone() for linear in linears]
+    scaling = LearnedScaling().start(BLOCK, setup.cache, new(setup))
+    scaling.reset_()
+    scaling.fold_()
+    for linear, high in zip(linears, before, strict=True):
+        torch.testing.assert_close(linear.weight_quantizer.high, high)
+    LearnedScaling().start(BLOCK, setup.cache, new(setup)).fold_()
+    for linear in linears:
+        torch.testing.assert_close(linear.weight_quantizer.high.flatten(), linear.weight.amax(1) * 0.7)
+
+
+def test_an_overlap_keeps_its_scales(setup):
+    """What a window has learned starts at 1 in the next."""
+    scaling = LearnedScaling().start(BLOCK, setup.cache, set())
+    assert all((scale() == 1).all() for scale in scaling.channel_scales)
+    scaling.fold_()
+
+
+def test_an_error_leaves_the_weights_as_they_were(setup, make_solver):
+    before = setup.state()
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *arguments) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        make_solver(scaling=LearnedScaling(), kind=Nearest).solve(BLOCK, setup.cache, [Fails()])
+    after = setup.state()
+    weights = [name for name in before if name.endswith(("proj.weight", "norm.weight"))]
+    assert all(torch.equal(after[name], before[name]) for name in weights)
+    assert not any(module._forward_pre_hooks for module in setup.blocks[0].modules())
+
+
+def test_a_static_range_does_not_follow(make_setup):
+    setup = make_setup(QuantScheme(4, 4, act_granularity="tensor"))
+    with pytest.raises(InputError, match="act_granularity=token"):
+        LearnedScaling().start(BLOCK, setup.cache, new(setup))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": True}, "scaling must be null or a LearnedScaling, got True"),
+        ({"descent": "adam"}, "descent must be null or a Descent"),
+        ({"step_size": None}, "step_size must name a class"),
+        ({"kind": AdaRound, "step_size": SigmoidClipping}, "learned clipping needs a straight-through"),
+        ({"scaling": LearnedScaling(), "start": GPTQ(ReconstructionLoss())}, "exclude each other"),
+    ],
+)
+def test_parts_that_do_not_go_together(make_solver, options, message):
+    with pytest.raises(InputError, match=message):
+        make_solver(**options)
 
 
 @pytest.mark.parametrize(

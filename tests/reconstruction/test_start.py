@@ -63,6 +63,6 @@ def test_roundings_that_cannot_start_elsewhere(make_solver, kind):
 
 
 def test_only_gptq(make_solver):
-    with pytest.raises(InputError, match="must be null or gptq"):
+    with pytest.raises(InputError, match="must be null or a GPTQ"):
         make_solver(start=NoReconstruction(LOSS))
     assert isinstance(make_solver(start=GPTQ(LOSS)), Reconstruction)

@@ -24,12 +24,15 @@ class Chain:
         steps: by a name of the user's choice; at least one.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or one is no step.
     """
 
     def __init__(self, steps: Mapping[str, Preprocessing]) -> None:
         if not steps:
             raise InputError("preprocess.steps must name at least one step")
+        for name, step in steps.items():
+            if not callable(getattr(step, "apply_", None)):
+                raise InputError(f"preprocess.steps.{name} must be a step of preprocessing, got {step!r}")
         self.steps = list(steps.values())
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:

@@ -63,14 +63,28 @@ class WeightQuantizer(nn.Module):
         """Cover the range of `weight` (O, I): the weight itself, or a copy without its outliers, which then clip."""
         self.follow_range_(weight)
 
-    def follow_range_(self, weight: torch.Tensor) -> None:
-        """Cover the range of `weight` (O, I) that is itself learned: the grid has a gradient with respect to it."""
+    def follow_range_(self, weight: torch.Tensor, shares: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """Cover the range of `weight` (O, I) that is itself learned: the grid has a gradient with respect to it.
+
+        Args:
+            weight: the present one.
+            shares: of its smallest and largest values that are covered, (O, G, 1); all if None.
+        """
         groups = to_groups(weight, self.group_size)
         # Not aminmax: over a dimension it is nine times as slow as the two together on a CPU.
         self.low = groups.amin(-1, keepdim=True).float().clamp_max(0)
         self.high = groups.amax(-1, keepdim=True).float().clamp_min(0)
+        if shares is not None:
+            self.low, self.high = self.low * shares[0], self.high * shares[1]
         ends = torch.cat([self.low, self.high], dim=-1)
         self.initial_scale, self.initial_zero_point = choose_qparams_affine(ends, self.bits, self.symmetric)
+
+    @torch.no_grad()
+    def covered_shares(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the shares of the smallest and largest values of `weight` (O, I) that the range covers, (O, G, 1)."""
+        groups = to_groups(weight.float(), self.group_size)
+        low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+        return torch.where(low < 0, self.low / low, 1.0), torch.where(high > 0, self.high / high, 1.0)
 
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the learned scale, positive, and zero point, (O, G, 1), float32."""

@@ -36,6 +36,7 @@ class Rounding(nn.Module, ABC):
         last_penalty: the compensation loss of the last forward, until `penalty` takes it.
     """
 
+    hard = True
     source: LogitsSource = NoLogits()
 
     def __init__(self, learning_rate: float) -> None:

@@ -102,7 +102,10 @@ class ClippingFactors(LearnedClipping):
         self.lower, self.upper = nn.Parameter(torch.ones_like(like)), nn.Parameter(torch.ones_like(like))
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lower.clamp(SMALLEST_MULTIPLIER, 1), self.upper.clamp(SMALLEST_MULTIPLIER, 1)
+        with torch.no_grad():  # brought back, not held: where a clamp acts it has no gradient, and 1 is the start
+            self.lower.clamp_(SMALLEST_MULTIPLIER, 1)
+            self.upper.clamp_(SMALLEST_MULTIPLIER, 1)
+        return self.lower, self.upper
 
 
 class SigmoidClipping(LearnedClipping):

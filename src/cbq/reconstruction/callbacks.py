@@ -81,15 +81,13 @@ class HardRounding(L.Callback):
 class BestStep(L.Callback):
     """Ends a window with the values whose batch had the smallest loss, instead of the last ones.
 
-    Args:
-        start: share of the steps after which they count: from where rounding is hard.
+    Only steps with hard rounding count: of the straight-through kinds every one.
 
     Source: Cheng et al. (2023), Algorithm 1.
     Note: one batch is compared with another: the larger they are, the less noise is picked.
     """
 
-    def __init__(self, start: float) -> None:
-        self.start = start
+    def __init__(self) -> None:
         self.smallest: torch.Tensor | None = None
         self.best: list[torch.Tensor] = []
 
@@ -100,7 +98,7 @@ class BestStep(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if trainer.global_step < self.start * trainer.max_steps:
+        if not all(rounding.hard for rounding in module.roundings):
             return
         loss = module.losses["loss/rec"]
         if self.smallest is None:
@@ -113,8 +111,9 @@ class BestStep(L.Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: L.Trainer, module: WindowModule) -> None:
-        for parameter, best in zip(module.learned, self.best, strict=True):
-            parameter.copy_(best)
+        if self.best:
+            for parameter, best in zip(module.learned, self.best, strict=True):
+                parameter.copy_(best)
         self.best = []
 
 

@@ -78,6 +78,8 @@ class LinearAdaRound(LinearByLinear):
             raise InputError(f"reconstruction.num_steps must be an integer of at least 1, got {num_steps!r}")
         check_number("reconstruction.compensation_weight", compensation_weight)
         check_number("rounding.learning_rate", rounding(1, 1).learning_rate)
+        if not list(rounding(1, 1).parameters()):
+            raise InputError("reconstruction=linear_adaround needs a rounding that learns, such as rounding=adaround")
         self.rounding = rounding
         self.num_steps = num_steps
         self.compensation_weight = compensation_weight

@@ -3,6 +3,9 @@
 Shapes: I in_features, C channels of a producer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -12,6 +15,7 @@ from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
 from cbq.models.families import ScalingPair, find_family, head_dim
 from cbq.quant.linear import QuantLinear
+from cbq.quant.quantizer import StaticActQuantizer, act_quantizers
 from cbq.quant.state import QuantState, quant_state
 from cbq.reconstruction.windows import Window
 
@@ -34,7 +38,8 @@ class LearnedScaling:
 
     Source: Shao et al. (2023), Eq. 3 (learnable equivalent transformation, without the shift, which RMSNorm cannot
         take, and without the scale between queries and keys).
-    Note: the paper learns the scale itself; its logarithm keeps it positive.
+    Note: the paper learns the scale itself; its logarithm keeps it positive. Its code for LLaMA leaves the input of
+        `down_proj` alone; here it is scaled too.
     """
 
     def __init__(self, learning_rate: float = 5e-3, alpha: float = 0.5, weight_only: bool = False) -> None:
@@ -45,9 +50,20 @@ class LearnedScaling:
             raise InputError(f"reconstruction.scaling.alpha must be at most 1, got {alpha!r}")
         self.learning_rate, self.alpha, self.weight_only = learning_rate, alpha, weight_only
 
-    def start(self, window: Window, cache: ActivationCache) -> "WindowScaling":
-        """Return the scales of a window, already at work in its blocks."""
-        return WindowScaling(window, cache, self)
+    def start(self, window: Window, cache: ActivationCache, new: set[nn.Module]) -> "WindowScaling":
+        """Return the scales of a window, already at work in its blocks.
+
+        Args:
+            window: which blocks.
+            cache: its quantized stream must be at window.start.
+            new: the linears that no window has learned yet; the scales of others start at 1.
+
+        Raises:
+            InputError: a linear quantizes its input in a range that would not follow the scales.
+        """
+        if any(isinstance(q, StaticActQuantizer) for q in act_quantizers(list(cache.blocks))):
+            raise InputError("reconstruction.scaling needs quant.act_granularity=token: a static range does not follow")
+        return WindowScaling(window, cache, self, new)
 
 
 class WindowScaling(nn.Module):
@@ -57,9 +73,10 @@ class WindowScaling(nn.Module):
         window: which blocks.
         cache: runs them; its quantized stream is the window's input.
         options: what the user chose.
+        new: see `LearnedScaling.start`.
     """
 
-    def __init__(self, window: Window, cache: ActivationCache, options: LearnedScaling) -> None:
+    def __init__(self, window: Window, cache: ActivationCache, options: LearnedScaling, new: set[nn.Module]) -> None:
         super().__init__()
         self.learning_rate = options.learning_rate
         self.head_dim = head_dim(cache.config)
@@ -67,11 +84,14 @@ class WindowScaling(nn.Module):
         self.pairs: list[tuple[nn.Module, ScalingPair, ChannelScale]] = []
         self.channel_scales = nn.ModuleList()
         self.hooks = []
+        self.shares: dict[QuantLinear, tuple[torch.Tensor, torch.Tensor]] = {}  # of weights' ranges that are covered
         for block, maxima in zip(self.blocks, input_maxima(window, cache), strict=True):
             for pair in find_family(cache.config).scaling_pairs:
                 consumers = [block.get_submodule(name) for name in pair.consumers]
                 if options.weight_only or any(linear.act_quantizer is not None for linear in consumers):
                     start = smooth_scale(pair, block, maxima[pair.consumers[0]], self.head_dim, options.alpha)
+                    if not new.issuperset(consumers):
+                        start = torch.ones_like(start)
                     self._attach(block, pair, ChannelScale(start, self.head_dim))
 
     def _attach(self, block: nn.Module, pair: ScalingPair, scale: "ChannelScale") -> None:
@@ -79,16 +99,21 @@ class WindowScaling(nn.Module):
         self.pairs.append((block, pair, scale))
         self.channel_scales.append(scale)
         producer = block.get_submodule(pair.producer)
+        for name in (pair.producer, *pair.consumers):
+            linear = block.get_submodule(name)
+            if isinstance(linear, QuantLinear) and linear.weight_quantizer is not None and linear not in self.shares:
+                self.shares[linear] = linear.weight_quantizer.covered_shares(linear.weight)
+                self.hooks.append(linear.register_forward_pre_hook(self.follow_range))
         for name in ("weight", "bias"):
             if getattr(producer, name, None) is not None:
                 parametrize.register_parametrization(producer, name, DividedRows(scale))
         for name in pair.consumers:
             linear = block.get_submodule(name)
             parametrize.register_parametrization(linear, "weight", MultipliedColumns(scale))
-        for name in {pair.producer, *pair.consumers}:
-            linear = block.get_submodule(name)
-            if isinstance(linear, QuantLinear) and linear.weight_quantizer is not None:
-                self.hooks.append(linear.register_forward_pre_hook(follow_range))
+
+    def follow_range(self, linear: QuantLinear, args: tuple = ()) -> None:
+        """Let a linear's grid cover as much of its weight, as it is scaled now, as before."""
+        linear.weight_quantizer.follow_range_(linear.weight, self.shares[linear])
 
     def reset_(self) -> None:
         """Let every scale be 1."""
@@ -107,11 +132,22 @@ class WindowScaling(nn.Module):
                     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         for block, pair, scale in self.pairs:
             scale_channels_(pair, block, scale(), self.head_dim)
-        for block, pair, _ in self.pairs:
-            for name in (pair.producer, *pair.consumers):
-                linear = block.get_submodule(name)
-                if isinstance(linear, QuantLinear) and linear.weight_quantizer is not None:
-                    linear.weight_quantizer.set_range_(linear.weight)
+        for linear in self.shares:
+            self.follow_range(linear)
+
+
+@contextmanager
+def given_back(scaling: WindowScaling | None) -> Iterator[None]:
+    """Fold scales into the weights at the end; after an error leave the weights as they were."""
+    try:
+        yield
+    except BaseException:
+        if scaling:
+            scaling.reset_()
+        raise
+    finally:
+        if scaling:
+            scaling.fold_()
 
 
 class ChannelScale(nn.Module):
@@ -152,11 +188,6 @@ class MultipliedColumns(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return scale_columns(weight, self.scale(), weight.shape[1], self.scale.head_dim).to(weight.dtype)
-
-
-def follow_range(linear: QuantLinear, args: tuple) -> None:
-    """Let a linear's grid cover its weight as it is scaled now."""
-    linear.weight_quantizer.follow_range_(linear.weight)
 
 
 def smooth_scale(

@@ -1,6 +1,5 @@
 """How a window is solved by gradients."""
 
-import logging
 import signal
 import time
 import warnings
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache
@@ -24,14 +24,13 @@ from cbq.reconstruction.gptq import GPTQ
 from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
+from cbq.reconstruction.parts import check_parts
 from cbq.reconstruction.result import WindowResult, measure, window_blocks
-from cbq.reconstruction.scaling import LearnedScaling, WindowScaling
+from cbq.reconstruction.scaling import LearnedScaling, WindowScaling, given_back
 from cbq.reconstruction.start import start_from_
+from cbq.reconstruction.trainer import window_trainer
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Segments, Stream
-
-for name in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(name).setLevel(logging.ERROR)  # one "GPU available" banner a window
 
 
 class Reconstruction:
@@ -107,10 +106,7 @@ class Reconstruction:
         check_flag("reconstruction.restart", restart)
         check_flag("reconstruction.keep_best", keep_best)
         check_compile(compile)
-        if start is not None:
-            if not isinstance(start, GPTQ):
-                raise InputError(f"reconstruction.start must be null or gptq, got {start!r}")
-            rounding(1, 1).start_from_(torch.zeros(1, 1))
+        check_parts(rounding, step_size, scaling, start, descent)
         self.loss = loss
         self.rounding = rounding
         self.learning_rates = learning_rates
@@ -131,7 +127,7 @@ class Reconstruction:
         self.hardening = HardRounding(hard_start)
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
         self.finite_steps = FiniteSteps()
-        self.keepers = [BestStep(hard_start)] if keep_best else []
+        self.keepers = [BestStep()] if keep_best else []
 
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps a window takes."""
@@ -151,12 +147,40 @@ class Reconstruction:
         assert cache.quantized_at == window.start, "the quantized stream is the window's input"
         targets = cache.advance_full_precision(window.stop)
         blocks = window_blocks(window, cache)
-        linears = quant_linears(blocks)
-        self._prepare(window, cache)
+        new = self._prepare(window, cache)
         first = measure(window, cache, targets, self.loss)
         with quant_state(blocks, QuantState.NEAREST):
             nearest = measure(window, cache, targets, self.loss)
-        scaling = self.scaling.start(window, cache) if self.scaling else None
+        scaling = self.scaling.start(window, cache, new) if self.scaling else None
+        with given_back(scaling):
+            guard, last = self._learn(window, cache, targets, callbacks, scaling, first, nearest)
+        changed, total = map(sum, zip(*(linear.changed_integers() for linear in quant_linears(blocks)), strict=True))
+        return WindowResult(
+            start=window.start,
+            stop=window.stop,
+            rec_loss_first=first,
+            rec_loss_last=last,
+            rec_loss_rtn=nearest,
+            changed_integers=changed / max(total, 1),
+            wall_time_seconds=time.perf_counter() - began,
+            guard=guard,
+        )
+
+    def _learn(
+        self,
+        window: Window,
+        cache: ActivationCache,
+        targets: Stream,
+        callbacks: list[L.Callback],
+        scaling: WindowScaling | None,
+        first: float,
+        nearest: float,
+    ) -> tuple[str | None, float]:
+        """Learn a window that is prepared.
+
+        Returns:
+            what the guard did, or None; the reconstruction loss of what is kept.
+        """
         module = WindowModule(
             window,
             cache,
@@ -168,26 +192,13 @@ class Reconstruction:
             self.homologous_weight,
             self.accumulate_grad_batches,
         )
-        guard, last = None, first
-        if module.groups:
-            self._fit(module, targets, callbacks)
-            for linear in linears:
-                linear.rounding.harden_()
-            last = measure(window, cache, targets, self.loss)
-            guard, last = self._fall_back(module, scaling, first, nearest, last)
-        if scaling:
-            scaling.fold_()
-        changed, total = map(sum, zip(*(linear.changed_integers() for linear in linears), strict=True))
-        return WindowResult(
-            start=window.start,
-            stop=window.stop,
-            rec_loss_first=first,
-            rec_loss_last=last,
-            rec_loss_rtn=nearest,
-            changed_integers=changed / max(total, 1),
-            wall_time_seconds=time.perf_counter() - began,
-            guard=guard,
-        )
+        if not module.groups:
+            return None, measure(window, cache, targets, self.loss) if scaling else first
+        self._fit(module, targets, callbacks)
+        for linear in quant_linears(list(module.blocks)):
+            linear.rounding.harden_()
+        last = measure(window, cache, targets, self.loss)
+        return self._fall_back(module, scaling, first, nearest, last)
 
     def _fall_back(
         self, module: WindowModule, scaling: WindowScaling | None, first: float, nearest: float, last: float
@@ -215,13 +226,21 @@ class Reconstruction:
                 if linear.weight_quantizer is not None:
                     linear.weight_quantizer.set_range_(linear.weight)
             self._reset(quantized_modules(list(module.blocks)))
+            for linear in quant_linears(list(module.blocks)):
+                if linear.weight_quantizer is not None:  # other kinds need not start at the whole range
+                    whole = ScaleMultiplier(linear.weight_quantizer.initial_scale)
+                    linear.weight_quantizer.step_size = whole.requires_grad_(False)
             done.append(f"fell back to round-to-nearest: the loss was {kept:.4g}, not {nearest:.4g}")
             kept = nearest
         self.finite_steps.start = []
         return "; ".join(filter(None, done)) or None, kept
 
-    def _prepare(self, window: Window, cache: ActivationCache) -> None:
-        """Give what is new to reconstruction its start; the rest goes on from what it learned. Roundings are hard."""
+    def _prepare(self, window: Window, cache: ActivationCache) -> set[nn.Module]:
+        """Give what is new to reconstruction its start; the rest goes on from what it learned. Roundings are hard.
+
+        Returns:
+            the modules that are new.
+        """
         modules = quantized_modules(window_blocks(window, cache))
         new = [module for module in modules if self.restart or module.state is not QuantState.LEARNED]
         self._reset(new)
@@ -231,6 +250,7 @@ class Reconstruction:
             start_from_(self.start, window, cache, set(new))
         for linear in quant_linears(window_blocks(window, cache)):
             linear.rounding.harden_()
+        return set(new)
 
     def _reset(self, modules: Sequence[Quantized]) -> None:
         """Give modules what they start with: round-to-nearest, and everything to learn."""
@@ -257,19 +277,8 @@ class Reconstruction:
             rounding.soften_()
         module.learned.requires_grad_(True)
         device = cache.device
-        trainer = L.Trainer(
-            accelerator=device.type if device.type != "cuda" else "gpu",
-            devices=1 if device.type != "cuda" else [device.index or 0],
-            precision="bf16-mixed" if device.type == "cuda" else "32-true",
-            max_steps=self.steps(len(cache)),
-            max_epochs=-1,
-            accumulate_grad_batches=self.accumulate_grad_batches,
-            callbacks=[self.annealing, self.hardening, self.finite_steps, *self.keepers, *callbacks],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        listeners = [self.annealing, self.hardening, self.finite_steps, *self.keepers, *callbacks]
+        trainer = window_trainer(device, self.steps(len(cache)), self.accumulate_grad_batches, listeners)
         num_weights = sum(linear.weight.numel() for linear in quant_linears(list(module.blocks)))
         kernels = choose_kernels(self.compile, device, num_weights, trainer.max_steps)
         with warnings.catch_warnings():
