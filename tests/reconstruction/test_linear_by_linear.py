@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cbq.activations import ActivationCache
+from cbq.quant.given_integers import GivenIntegers
 from cbq.quant.linear import FusedLinear, QuantLinear, quant_linears
 from cbq.quant.rounding import AdaRound
 from cbq.quant.scheme import QuantScheme
@@ -189,8 +190,10 @@ def test_a_block_in_an_overlap_is_solved_anew(make_setup, name):
     window = SlidingWindows(1).plan(4)[0]
     first = solver.solve(window, setup.cache, [])
     integers = [linear.integers() for linear in quant_linears(setup.blocks[0])]
+    last = setup.blocks[0].mlp.down_proj  # no other linear of the block reads what it puts out
+    last.rounding = GivenIntegers(torch.zeros_like(last.weight))
     second = solver.solve(window, setup.cache, [])
-    assert second.rec_loss_first == first.rec_loss_last == second.rec_loss_last
+    assert second.rec_loss_first > first.rec_loss_last == second.rec_loss_last
     again = [linear.integers() for linear in quant_linears(setup.blocks[0])]
     assert all(torch.equal(a, b) for a, b in zip(integers, again, strict=True))
 
