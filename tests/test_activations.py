@@ -166,6 +166,8 @@ class ToyBlock(nn.Module):
 class ToyModel(nn.Module):
     """Passes hidden states by position or by name, and different arguments to each block."""
 
+    config = None
+
     def __init__(self, by_name: bool) -> None:
         super().__init__()
         self.by_name = by_name

@@ -112,7 +112,7 @@ def cbq(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(cbq, tmp_path, overrides, said):
-    quiet = [word for word in SMALL if not any(word.split("=")[0] == given.split("=")[0] for given in overrides)]
+    quiet = [word for word in SHORT if not any(word.split("=")[0] == given.split("=")[0] for given in overrides)]
     code, _, error = cbq(*quiet, *overrides)
     assert code == 2
     (line,) = error.splitlines()
