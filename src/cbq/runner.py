@@ -24,11 +24,9 @@ from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
 from cbq.reconstruction.callbacks import WindowCurves
-from cbq.reconstruction.linear_by_linear import LinearByLinear
 from cbq.reconstruction.loop import reconstruct_
-from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.result import WindowResult
-from cbq.reconstruction.solver import Reconstruction
+from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.progress import WindowProgress
 from cbq.report.summary import print_summary
@@ -69,7 +67,7 @@ class Runner:
         scheme: QuantScheme,
         preprocess: NoPreprocessing,
         windows: SlidingWindows,
-        solver: Reconstruction | LinearByLinear | NoReconstruction,
+        solver: WindowSolver,
         calibration: Calibration,
         evaluation: PerplexityEvaluation,
         activations: StreamPlacement,

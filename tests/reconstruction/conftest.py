@@ -19,9 +19,9 @@ from cbq.quant.scheme import QuantScheme
 from cbq.quantized import make_quantizable_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates
-from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.solver import Reconstruction
+from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows
 
 SEED = 7
@@ -42,7 +42,7 @@ class Setup:
 
     def solve(
         self,
-        solver: Reconstruction | NoReconstruction,
+        solver: WindowSolver,
         windows: SlidingWindows,
         callbacks: list[L.Callback],
         num_windows: int | None = None,
@@ -97,6 +97,7 @@ def make_solver() -> Callable[..., Reconstruction]:
         learning_rate: float = 5e-3,
         weight_scale: float = 1e-3,
         act_scale: float = 1e-4,
+        norm: float = 0.0,
         l2: float = 1.0,
         kld: float = 1.0,
         **options: object,
@@ -104,7 +105,7 @@ def make_solver() -> Callable[..., Reconstruction]:
         make_rounding = Nearest if kind is Nearest else partial(kind, learning_rate=learning_rate)
         options = {"epochs": 2, "batch_size": 2} | options
         return Reconstruction(
-            ReconstructionLoss(l2, kld), make_rounding, LearningRates(weight_scale, act_scale), **options
+            ReconstructionLoss(l2, kld), make_rounding, LearningRates(weight_scale, act_scale, norm), **options
         )
 
     return make

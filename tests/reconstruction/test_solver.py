@@ -15,8 +15,6 @@ from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
-from cbq.reconstruction.losses import ReconstructionLoss
-from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
 from cbq.streams.kinds import Stream
 
@@ -297,17 +295,6 @@ def test_nothing_to_learn_takes_no_step(run, make_setup, scheme):
     assert not rows
 
 
-def test_no_reconstruction_is_round_to_nearest(make_setup):
-    setup, nearest, solver = make_setup(W4A4), make_setup(W4A4), NoReconstruction(ReconstructionLoss())
-    setup.solve(solver, SlidingWindows(2), [])
-    with quant_state(nearest.model, QuantState.NEAREST):
-        assert torch.equal(setup.logits(), nearest.logits())
-    assert solver.steps(8) == 0
-    for result in setup.results:
-        assert result.rec_loss_first == result.rec_loss_last == result.rec_loss_rtn > 0
-        assert result.changed_integers == 0
-
-
 @pytest.mark.parametrize(
     ("epochs", "batch_size", "accumulate", "steps"),
     [(2, 2, 1, 8), (3, 1, 1, 24), (2, 3, 1, 6), (2, 8, 1, 2), (3, 100, 1, 3), (2, 1, 3, 6), (2, 3, 2, 4), (1, 2, 9, 1)],
@@ -361,7 +348,7 @@ def test_model_is_left_as_it_was_found(solve_two, kind):
         ],
         *[
             (f"reconstruction.learning_rates.{key}", v)
-            for key in ("weight_scale", "act_scale")
+            for key in ("weight_scale", "act_scale", "norm")
             for v in (-1e-3, "1e-3")
         ],
         *[("rounding.learning_rate", v) for v in (-1e-3, "1e-3", None)],

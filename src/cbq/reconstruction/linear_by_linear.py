@@ -3,8 +3,7 @@
 Shapes: N segments, T tokens, O out_features, I in_features.
 """
 
-import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import suppress
 
 import lightning as L
@@ -13,10 +12,8 @@ import torch
 from cbq.activations import ActivationCache, autocast
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import ActQuantizer
-from cbq.quant.state import QuantState, quant_state, quantized_modules
-from cbq.reconstruction.losses import ReconstructionLoss
-from cbq.reconstruction.result import WindowResult, measure, window_blocks
-from cbq.reconstruction.windows import Window
+from cbq.reconstruction.result import measure
+from cbq.reconstruction.window_solver import Task, WindowSolver
 
 
 class _StopForward(Exception):
@@ -96,54 +93,21 @@ def gram_matrix(cache: ActivationCache, start: int, index: int, linear: QuantLin
     return gram
 
 
-class LinearByLinear(ABC):
+class LinearByLinear(WindowSolver):
     """Solves a window's linears in the order in which its blocks run them, each on what the solved ones before it
-    give. Step sizes stay what they are.
+    give. Those of an overlap are solved anew. Step sizes stay what they are.
 
     Args:
         loss: Eq. 7; only measured.
     """
 
-    num_streams = 2
-
-    def __init__(self, loss: ReconstructionLoss) -> None:
-        self.loss = loss
-
-    def steps(self, num_segments: int) -> int:
-        """Return how many optimizer steps of a window callbacks hear of: none."""
-        return 0
-
     @torch.no_grad()
-    def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
-        """Solve the window's linears; they end in the learned state.
-
-        Args:
-            window: which blocks. Those in an overlap are solved anew.
-            cache: its quantized stream must be at window.start, and its full-precision one not past window.stop.
-            callbacks: not called: there is no fit.
-        """
-        began = time.perf_counter()
-        assert cache.quantized_at == window.start, "the quantized stream is the window's input"
-        targets = cache.advance_full_precision(window.stop)
-        blocks = window_blocks(window, cache)
-        for module in quantized_modules(blocks):
-            module.state = QuantState.LEARNED
-        first = measure(window, cache, targets, self.loss)
-        with quant_state(blocks, QuantState.NEAREST):
-            nearest = measure(window, cache, targets, self.loss)
+    def learn_(self, task: Task, callbacks: list[L.Callback]) -> tuple[float, str | None]:
+        """Solve the window's linears; callbacks hear of nothing: there is no fit."""
+        window, cache = task.window, task.cache
         for index in range(window.rounding_start, window.stop):
             self.solve_block_(cache, window.start, index)
-        last = measure(window, cache, targets, self.loss)
-        changed, total = map(sum, zip(*(linear.changed_integers() for linear in quant_linears(blocks)), strict=True))
-        return WindowResult(
-            start=window.start,
-            stop=window.stop,
-            rec_loss_first=first,
-            rec_loss_last=last,
-            rec_loss_rtn=nearest,
-            changed_integers=changed / max(total, 1),
-            wall_time_seconds=time.perf_counter() - began,
-        )
+        return measure(window, cache, task.targets, self.loss), None
 
     @torch.no_grad()
     def solve_block_(self, cache: ActivationCache, start: int, index: int) -> None:

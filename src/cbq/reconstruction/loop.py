@@ -10,10 +10,8 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.quant.linear import fuse_linears_
-from cbq.reconstruction.linear_by_linear import LinearByLinear
-from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.result import WindowResult
-from cbq.reconstruction.solver import Reconstruction
+from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import Window
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -23,7 +21,7 @@ def reconstruct_(
     blocks: nn.ModuleList,
     segments: torch.Tensor,
     plan: list[Window],
-    solver: Reconstruction | LinearByLinear | NoReconstruction,
+    solver: WindowSolver,
     callbacks: list[L.Callback],
     on_window: Callable[[WindowResult], None],
     place: Place = ON_DEVICE,

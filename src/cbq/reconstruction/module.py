@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -14,6 +15,7 @@ from cbq.quant.linear import quant_linears
 from cbq.quant.quantizer import WeightQuantizer, act_quantizers
 from cbq.reconstruction.descent import Descent
 from cbq.reconstruction.losses import ReconstructionLoss
+from cbq.reconstruction.norms import LearnedGain
 from cbq.reconstruction.scaling import WindowScaling
 from cbq.reconstruction.windows import Window
 
@@ -25,12 +27,14 @@ class LearningRates:
     Args:
         weight_scale: of what S_W is learned by.
         act_scale: of the multiplier on S_X.
+        norm: of the multiplier on the gains of norms. Not in the paper.
 
     Source: section 5.1.
     """
 
     weight_scale: float = 1e-3
     act_scale: float = 1e-4
+    norm: float = 0.0
 
 
 class WindowModule(L.LightningModule):
@@ -47,6 +51,7 @@ class WindowModule(L.LightningModule):
         learning_rates: of the step sizes.
         descent: how what is learned is moved.
         scaling: the channel scales that are learned with the window, if any.
+        gains: of norms, those that are learned with the window.
         homologous_weight: weight of a second reconstruction term whose target is the full-precision blocks on the
             quantized stream; 0 leaves it out.
         accumulate_grad_batches: batches an optimizer step.
@@ -66,6 +71,7 @@ class WindowModule(L.LightningModule):
         learning_rates: LearningRates,
         descent: Descent | None = None,
         scaling: WindowScaling | None = None,
+        gains: Sequence[LearnedGain] = (),
         homologous_weight: float = 0.0,
         accumulate_grad_batches: int = 1,
     ) -> None:
@@ -90,10 +96,12 @@ class WindowModule(L.LightningModule):
         weight_quantizers = [linear.weight_quantizer for linear in quant_linears(blocks) if linear.weight_quantizer]
         self.quantizers = (*weight_quantizers, *act_quantizers(blocks))
         self.descent = descent or Descent()
-        self.groups = self._parameter_groups(learning_rates, scaling)
+        self.groups = self._parameter_groups(learning_rates, scaling, gains)
         self.learned = nn.ParameterList([p for group in self.groups.values() for p in group["params"]])
 
-    def _parameter_groups(self, learning_rates: LearningRates, scaling: WindowScaling | None) -> dict[str, dict]:
+    def _parameter_groups(
+        self, learning_rates: LearningRates, scaling: WindowScaling | None, gains: Sequence[LearnedGain]
+    ) -> dict[str, dict]:
         """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
         weight_scales = [p for q in self.quantizers if isinstance(q, WeightQuantizer) for p in q.parameters()]
         act_scales = [quantizer.range_multiplier for quantizer in act_quantizers(list(self.blocks))]
@@ -102,6 +110,7 @@ class WindowModule(L.LightningModule):
             "weight_scale": (weight_scales, learning_rates.weight_scale),
             "act_scale": (act_scales, learning_rates.act_scale),
             "rounding": ([p for rounding in self.roundings for p in rounding.parameters()], rounding_rate),
+            "norm": ([gain.multiplier for gain in gains], learning_rates.norm),
             "channel_scale": (list(scaling.parameters()), scaling.learning_rate) if scaling else ([], 0.0),
         }
         return {name: {"params": params, "lr": rate} for name, (params, rate) in groups.items() if params and rate}

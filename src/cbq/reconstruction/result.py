@@ -10,7 +10,7 @@ from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Stream
 
-MEASURED_SEGMENTS = 32  # a window's loss is reported on this many of its segments
+MEASURED_SEGMENTS = 16  # a window's loss is reported on this many of its segments
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """How a window is solved by gradients."""
 
 import signal
-import time
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -24,16 +23,18 @@ from cbq.reconstruction.gptq import GPTQ
 from cbq.reconstruction.guard import FiniteSteps, restore_
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
+from cbq.reconstruction.norms import learned_gains
 from cbq.reconstruction.parts import check_parts
-from cbq.reconstruction.result import WindowResult, measure, window_blocks
+from cbq.reconstruction.result import measure, window_blocks
 from cbq.reconstruction.scaling import LearnedScaling, WindowScaling, given_back
 from cbq.reconstruction.start import start_from_
 from cbq.reconstruction.trainer import window_trainer
+from cbq.reconstruction.window_solver import Task, WindowSolver
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Segments, Stream
 
 
-class Reconstruction:
+class Reconstruction(WindowSolver):
     """Learns a window's step sizes and rounding by gradient descent on its reconstruction loss.
 
     Args:
@@ -44,8 +45,8 @@ class Reconstruction:
         scaling: channel scales that are learned with each window; none if None.
         start: rounds a block's linears before it is learned; round-to-nearest if None.
         descent: the optimizer and its schedule.
-        epochs: passes over the calibration segments, a window.
-        num_steps: optimizer steps a window, instead of epochs, if not None.
+        epochs: passes over the calibration segments, a window; or None.
+        num_steps: optimizer steps a window; or None: one of both says how long a window is learned.
         batch_size: segments a batch.
         accumulate_grad_batches: batches an optimizer step, their gradients averaged: the steps of a larger batch in
             the memory of a small one. Where they do not divide, the last step of an epoch has fewer batches and a
@@ -76,7 +77,7 @@ class Reconstruction:
         scaling: LearnedScaling | None = None,
         start: GPTQ | None = None,
         descent: Descent | None = None,
-        epochs: int = 3,
+        epochs: int | None = 3,
         num_steps: int | None = None,
         batch_size: int = 1,
         accumulate_grad_batches: int = 1,
@@ -91,8 +92,15 @@ class Reconstruction:
         compile: bool | str = "auto",
         seed: int = 0,
     ) -> None:
-        counts = {"epochs": epochs, "batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
-        for key, value in (counts if num_steps is None else counts | {"num_steps": num_steps}).items():
+        if (epochs is None) == (num_steps is None):
+            raise InputError(
+                f"reconstruction.epochs and reconstruction.num_steps: one must be null, the other not, "
+                f"got {epochs!r} and {num_steps!r}"
+            )
+        length = {"epochs": epochs} if num_steps is None else {"num_steps": num_steps}
+        for key, value in (
+            length | {"batch_size": batch_size, "accumulate_grad_batches": accumulate_grad_batches}
+        ).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"reconstruction.{key} must be an integer of at least 1, got {value!r}")
         for key, value in {
@@ -100,6 +108,7 @@ class Reconstruction:
             "reconstruction.homologous_weight": homologous_weight,
             "reconstruction.learning_rates.weight_scale": learning_rates.weight_scale,
             "reconstruction.learning_rates.act_scale": learning_rates.act_scale,
+            "reconstruction.learning_rates.norm": learning_rates.norm,
             "rounding.learning_rate": rounding(1, 1).learning_rate,  # a wrong option speaks up before any work
         }.items():
             check_number(key, value)
@@ -107,7 +116,12 @@ class Reconstruction:
         check_flag("reconstruction.keep_best", keep_best)
         check_compile(compile)
         check_parts(rounding, step_size, scaling, start, descent)
-        self.loss = loss
+        if learning_rates.norm and (scaling is not None or homologous_weight):
+            raise InputError(
+                "reconstruction.learning_rates.norm excludes reconstruction.scaling, which moves the same gains, and "
+                "reconstruction.homologous_weight, whose target they would move"
+            )
+        super().__init__(loss)
         self.rounding = rounding
         self.learning_rates = learning_rates
         self.step_size = step_size
@@ -130,96 +144,55 @@ class Reconstruction:
         self.keepers = [BestStep()] if keep_best else []
 
     def steps(self, num_segments: int) -> int:
-        """Return how many optimizer steps a window takes."""
         if self.num_steps is not None:
             return self.num_steps
         return self.epochs * -(-num_segments // (self.batch_size * self.accumulate_grad_batches))
 
-    def solve(self, window: Window, cache: ActivationCache, callbacks: list[L.Callback]) -> WindowResult:
-        """Learn the window's blocks; their roundings end hard, their linears in the learned state.
-
-        Args:
-            window: which blocks.
-            cache: its quantized stream must be at window.start, and its full-precision one not past window.stop.
-            callbacks: listeners of the fit.
-        """
-        began = time.perf_counter()
-        assert cache.quantized_at == window.start, "the quantized stream is the window's input"
-        targets = cache.advance_full_precision(window.stop)
-        blocks = window_blocks(window, cache)
-        new = self._prepare(window, cache)
-        first = measure(window, cache, targets, self.loss)
-        with quant_state(blocks, QuantState.NEAREST):
-            nearest = measure(window, cache, targets, self.loss)
-        scaling = self.scaling.start(window, cache, new) if self.scaling else None
-        with given_back(scaling):
-            guard, last = self._learn(window, cache, targets, callbacks, scaling, first, nearest)
-        changed, total = map(sum, zip(*(linear.changed_integers() for linear in quant_linears(blocks)), strict=True))
-        return WindowResult(
-            start=window.start,
-            stop=window.stop,
-            rec_loss_first=first,
-            rec_loss_last=last,
-            rec_loss_rtn=nearest,
-            changed_integers=changed / max(total, 1),
-            wall_time_seconds=time.perf_counter() - began,
-            guard=guard,
-        )
-
-    def _learn(
-        self,
-        window: Window,
-        cache: ActivationCache,
-        targets: Stream,
-        callbacks: list[L.Callback],
-        scaling: WindowScaling | None,
-        first: float,
-        nearest: float,
-    ) -> tuple[str | None, float]:
-        """Learn a window that is prepared.
-
-        Returns:
-            what the guard did, or None; the reconstruction loss of what is kept.
-        """
-        module = WindowModule(
-            window,
-            cache,
-            self.loss,
-            self.compensation_weight,
-            self.learning_rates,
-            self.descent,
-            scaling,
-            self.homologous_weight,
-            self.accumulate_grad_batches,
-        )
-        if not module.groups:
-            return None, measure(window, cache, targets, self.loss) if scaling else first
-        self._fit(module, targets, callbacks)
-        for linear in quant_linears(list(module.blocks)):
-            linear.rounding.harden_()
-        last = measure(window, cache, targets, self.loss)
-        return self._fall_back(module, scaling, first, nearest, last)
+    def learn_(self, task: Task, callbacks: list[L.Callback]) -> tuple[float, str | None]:
+        scaling = self.scaling.start(task.window, task.cache, task.new) if self.scaling else None
+        blocks, learns_gains = window_blocks(task.window, task.cache), self.learning_rates.norm > 0
+        with given_back(scaling), learned_gains(blocks, learns_gains) as gains:
+            module = WindowModule(
+                task.window,
+                task.cache,
+                self.loss,
+                self.compensation_weight,
+                self.learning_rates,
+                self.descent,
+                scaling,
+                gains,
+                self.homologous_weight,
+                self.accumulate_grad_batches,
+            )
+            if not module.groups:
+                return measure(task.window, task.cache, task.targets, self.loss) if scaling else task.first, None
+            self._fit(module, task.targets, callbacks)
+            for linear in quant_linears(list(module.blocks)):
+                linear.rounding.harden_()
+            last = measure(task.window, task.cache, task.targets, self.loss)
+            return self._fall_back(module, scaling, task, last)
 
     def _fall_back(
-        self, module: WindowModule, scaling: WindowScaling | None, first: float, nearest: float, last: float
-    ) -> tuple[str | None, float]:
+        self, module: WindowModule, scaling: WindowScaling | None, task: Task, last: float
+    ) -> tuple[float, str | None]:
         """Go back to the window's start, or to round-to-nearest, if what was learned is worse.
 
         Returns:
-            what was done, or None; the reconstruction loss of what is kept.
+            the reconstruction loss of what is kept; what was done, or None.
 
         Note: only the start and the end are compared: the rates anneal to 0, so that a window that does not diverge
             ends at its best. Round-to-nearest is that of the weights as preprocessing scaled them, but not cut off.
         """
         done = [self.finite_steps.describe()]
         kept = last
-        if not last <= first:  # also where it is not a number
+        if not last <= task.first:  # also where it is not a number
             restore_(module, self.finite_steps.start)
             if scaling:
                 scaling.reset_()
-            kept = first
-            done.append(f"fell back to the window's start: the loss ended at {last:.4g}, not {first:.4g}")
-        if not kept <= nearest:
+            kept = task.first
+            done.append(f"fell back to the window's start: the loss ended at {last:.4g}, not {task.first:.4g}")
+        if not kept <= task.nearest:
+            restore_(module, self.finite_steps.start)  # what is no rounding
             if scaling:
                 scaling.reset_()
             for linear in quant_linears(list(module.blocks)):
@@ -230,27 +203,22 @@ class Reconstruction:
                 if linear.weight_quantizer is not None:  # other kinds need not start at the whole range
                     whole = ScaleMultiplier(linear.weight_quantizer.initial_scale)
                     linear.weight_quantizer.step_size = whole.requires_grad_(False)
-            done.append(f"fell back to round-to-nearest: the loss was {kept:.4g}, not {nearest:.4g}")
-            kept = nearest
+            done.append(f"fell back to round-to-nearest: the loss was {kept:.4g}, not {task.nearest:.4g}")
+            kept = task.nearest
         self.finite_steps.start = []
-        return "; ".join(filter(None, done)) or None, kept
+        return kept, "; ".join(filter(None, done)) or None
 
-    def _prepare(self, window: Window, cache: ActivationCache) -> set[nn.Module]:
-        """Give what is new to reconstruction its start; the rest goes on from what it learned. Roundings are hard.
-
-        Returns:
-            the modules that are new.
-        """
-        modules = quantized_modules(window_blocks(window, cache))
-        new = [module for module in modules if self.restart or module.state is not QuantState.LEARNED]
-        self._reset(new)
-        for module in modules:
-            module.state = QuantState.LEARNED
+    def prepare_(self, window: Window, cache: ActivationCache) -> set[nn.Module]:
+        """Give what is new to reconstruction its start; the rest goes on from what it learned. Roundings are hard."""
+        modules, new = quantized_modules(window_blocks(window, cache)), super().prepare_(window, cache)
+        if self.restart:
+            new = set(modules)
+        self._reset([module for module in modules if module in new])  # in order: some roundings start at random
         if self.start:
-            start_from_(self.start, window, cache, set(new))
+            start_from_(self.start, window, cache, new)
         for linear in quant_linears(window_blocks(window, cache)):
             linear.rounding.harden_()
-        return set(new)
+        return new
 
     def _reset(self, modules: Sequence[Quantized]) -> None:
         """Give modules what they start with: round-to-nearest, and everything to learn."""
