@@ -18,7 +18,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 import cbq.reconstruction.loop
-import cbq.reconstruction.solver
 import cbq.runner
 from benchmarks.clock import interleave
 from benchmarks.memory import Work
@@ -29,6 +28,7 @@ from benchmarks.steps import WindowSteps
 from cbq.activations import ActivationCache
 from cbq.cli import conf_dir, flatten
 from cbq.reconstruction.solver import Reconstruction
+from cbq.reconstruction.window_solver import WindowSolver
 from cbq.run_folder import RunFolder
 from cbq.runner import Runner
 from cbq.tracking import Tracker
@@ -41,7 +41,7 @@ PHASES: dict[str, list[tuple[object, str]]] = {
     "activation streams": [(ActivationCache, "__init__"), (ActivationCache, "advance_quantized")],
     "targets": [(ActivationCache, "advance_full_precision")],
     "window steps": [(Reconstruction, "_fit")],
-    "measuring": [(cbq.reconstruction.solver, "measure")],
+    "measuring": [(WindowSolver, "measure")],
     "fusing": [(cbq.reconstruction.loop, "fuse_linears_")],
     "collecting garbage": [(gc, "collect")],
     "saving": [(cbq.runner, "save_checkpoint")],

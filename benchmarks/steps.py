@@ -33,6 +33,7 @@ from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding, WindowCurv
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.solver import Reconstruction
+from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows
 from cbq.report.progress import WindowProgress
 
@@ -107,7 +108,7 @@ class WindowSteps:
         progress = WindowProgress(Console(file=io.StringIO()))
         progress.start(1, [self.num_steps])
         # Losses before and after say nothing here, and take most of the time of a solve of a few steps.
-        with mock.patch("cbq.reconstruction.solver.measure", return_value=0.0):
+        with mock.patch.object(WindowSolver, "measure", return_value=0.0):
             self.solver.solve(self.window, self.cache, [WindowCurves(lambda rows: None), progress, clock])
         return clock.seconds_a_step
 

@@ -9,7 +9,7 @@ from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.step_size import ScaleMultiplier, SigmoidClipping
 from cbq.reconstruction.losses import ReconstructionLoss
-from cbq.reconstruction.solver import measure
+from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.windows import SlidingWindows
 
 W4A4 = QuantScheme(4, 4)
@@ -100,7 +100,7 @@ def test_absurd_rates_end_no_worse_than_round_to_nearest(make_setup, make_solver
         assert window_result.rec_loss_last <= window_result.rec_loss_rtn
     assert any("fell back to the window's start" in str(r.guard) for r in (*setup.results, result))
     # What is reported is what the blocks compute.
-    loss = measure(WINDOWS[1], setup.cache, setup.cache.full_precision, ReconstructionLoss())
+    loss = NoReconstruction(ReconstructionLoss()).measure(WINDOWS[1], setup.cache, setup.cache.full_precision)
     assert loss == pytest.approx(result.rec_loss_last, rel=1e-5)
 
 
@@ -118,7 +118,7 @@ def test_a_start_worse_than_round_to_nearest_is_left_behind(make_setup, make_sol
     assert result.rec_loss_last == result.rec_loss_rtn
     assert result.changed_integers == 0
     assert all((linear.weight_quantizer.step_size.multiplier == 1).all() for linear in quant_linears(setup.blocks[1]))
-    loss = measure(WINDOWS[1], setup.cache, setup.cache.full_precision, ReconstructionLoss())
+    loss = NoReconstruction(ReconstructionLoss()).measure(WINDOWS[1], setup.cache, setup.cache.full_precision)
     assert loss == pytest.approx(result.rec_loss_rtn, rel=1e-5)
     fuse_linears_(setup.blocks[1])
     setup.cache.advance_quantized(2)

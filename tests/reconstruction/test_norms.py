@@ -2,10 +2,12 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 
 from cbq.errors import InputError
+from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.norms import learned_gains, norms
 from cbq.reconstruction.scaling import LearnedScaling
@@ -75,7 +77,37 @@ def test_a_window_that_falls_back_keeps_its_gains(make_setup, make_solver):
     assert all(torch.equal(gain, before[name]) for name, gain in gains_of(setup.model).items())
 
 
-@pytest.mark.parametrize("options", [{"scaling": LearnedScaling()}, {"homologous_weight": 0.5}], ids=str)
+def test_round_to_nearest_has_the_gains_of_the_start(make_setup, make_solver):
+    """A window that gets better, and yet not as good as round-to-nearest of the whole range."""
+    setup, solver = make_setup(QuantScheme(8, 16)), make_solver(weight_scale=0.0, learning_rate=1e-6, norm=1e-4)
+    before, window = gains_of(setup.model), SlidingWindows(2).plan(4)[0]
+    for linear in quant_linears(setup.blocks):
+        linear.weight_quantizer.set_range_(linear.weight.clamp(-0.05, 0.05))
+    result = solver.solve(window, setup.cache, [])
+    assert "round-to-nearest" in result.guard
+    assert "the window's start" not in result.guard
+    assert all(torch.equal(gain, before[name]) for name, gain in gains_of(setup.model).items())
+    assert solver.measure(window, setup.cache, setup.cache.full_precision) == pytest.approx(result.rec_loss_rtn)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_leaves_the_gains_as_they_were(make_setup, make_solver, error):
+    setup = make_setup(W2A16)
+    before, names = gains_of(setup.model), list(setup.blocks[0].input_layernorm.state_dict())
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *arguments) -> None:
+            raise error
+
+    with pytest.raises(error):
+        setup.solve(make_solver(norm=1e-2), SlidingWindows(2, 1), [Fails()])
+    assert all(torch.equal(gain, before[name]) for name, gain in gains_of(setup.model).items())
+    assert list(setup.blocks[0].input_layernorm.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "options", [{"scaling": LearnedScaling()}, {"homologous_weight": 0.5}, {"restart": True}], ids=str
+)
 def test_what_excludes_learned_gains(make_solver, options):
     with pytest.raises(InputError, match=r"^reconstruction.learning_rates.norm excludes"):
         make_solver(norm=1e-3, **options)

@@ -15,7 +15,7 @@ from cbq.quant.state import QuantState, quant_state
 from cbq.quant.step_size import SigmoidClipping
 from cbq.reconstruction.gptq import GPTQ
 from cbq.reconstruction.losses import ReconstructionLoss
-from cbq.reconstruction.result import measure
+from cbq.reconstruction.none import NoReconstruction
 from cbq.reconstruction.scaling import LearnedScaling
 from cbq.reconstruction.windows import SlidingWindows
 
@@ -94,7 +94,7 @@ def test_learned_scales_lower_the_loss_and_stay_in_the_weights(setup, make_solve
     assert result.guard is None
     assert result.rec_loss_last < without.rec_loss_last < result.rec_loss_rtn
     torch.testing.assert_close(output(setup), expected, rtol=2e-3, atol=1e-3)
-    loss = measure(BLOCK, setup.cache, setup.cache.full_precision, ReconstructionLoss())
+    loss = NoReconstruction(ReconstructionLoss()).measure(BLOCK, setup.cache, setup.cache.full_precision)
     assert loss == pytest.approx(result.rec_loss_last, rel=1e-2)
 
 

@@ -12,7 +12,6 @@ import torch
 from cbq.activations import ActivationCache, autocast
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import ActQuantizer
-from cbq.reconstruction.result import measure
 from cbq.reconstruction.window_solver import Task, WindowSolver
 
 
@@ -107,7 +106,7 @@ class LinearByLinear(WindowSolver):
         window, cache = task.window, task.cache
         for index in range(window.rounding_start, window.stop):
             self.solve_block_(cache, window.start, index)
-        return measure(window, cache, task.targets, self.loss), None
+        return self.measure(window, cache, task.targets), None
 
     @torch.no_grad()
     def solve_block_(self, cache: ActivationCache, start: int, index: int) -> None:

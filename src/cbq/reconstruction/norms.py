@@ -21,6 +21,7 @@ class LearnedGain(nn.Module):
 
     Source: Li et al. (2023), Norm Tweaking, arXiv 2309.02784, which learns the gain itself: as a factor one learning
         rate means the same for every model.
+    Note: a gain of 0 stays 0. A norm that multiplies by 1 + weight would need a factor on that sum.
     """
 
     def __init__(self, gain: torch.Tensor) -> None:
@@ -49,17 +50,21 @@ def norms(blocks: list[nn.Module]) -> list[nn.Module]:
 def learned_gains(blocks: list[nn.Module], wanted: bool) -> Iterator[list[LearnedGain]]:
     """Let the gains of the blocks' norms be learned inside; at the end each norm keeps what was learned.
 
+    After an error they are what they were.
+
     Args:
         blocks: of the window.
         wanted: otherwise there are none.
     """
     tuned = norms(blocks) if wanted else []
     gains = [LearnedGain(norm.weight) for norm in tuned]
-    for norm, gain in zip(tuned, gains, strict=True):
-        parametrize.register_parametrization(norm, "weight", gain)
+    finished = False
     try:
+        for norm, gain in zip(tuned, gains, strict=True):
+            parametrize.register_parametrization(norm, "weight", gain)
         yield gains
+        finished = True
     finally:
-        for norm in tuned:
-            parametrize.remove_parametrizations(norm, "weight", leave_parametrized=True)
+        for norm in filter(parametrize.is_parametrized, tuned):
+            parametrize.remove_parametrizations(norm, "weight", leave_parametrized=finished)
             norm.weight.requires_grad_(False)

@@ -25,7 +25,7 @@ from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.norms import learned_gains
 from cbq.reconstruction.parts import check_parts
-from cbq.reconstruction.result import measure, window_blocks
+from cbq.reconstruction.result import window_blocks
 from cbq.reconstruction.scaling import LearnedScaling, WindowScaling, given_back
 from cbq.reconstruction.start import start_from_
 from cbq.reconstruction.trainer import window_trainer
@@ -116,10 +116,11 @@ class Reconstruction(WindowSolver):
         check_flag("reconstruction.keep_best", keep_best)
         check_compile(compile)
         check_parts(rounding, step_size, scaling, start, descent)
-        if learning_rates.norm and (scaling is not None or homologous_weight):
+        if learning_rates.norm and (scaling is not None or homologous_weight or restart):
             raise InputError(
-                "reconstruction.learning_rates.norm excludes reconstruction.scaling, which moves the same gains, and "
-                "reconstruction.homologous_weight, whose target they would move"
+                "reconstruction.learning_rates.norm excludes reconstruction.scaling, which moves the same gains, "
+                "reconstruction.homologous_weight, whose target they would move, and reconstruction.restart: a gain "
+                "that was learned is not restarted"
             )
         super().__init__(loss)
         self.rounding = rounding
@@ -165,11 +166,11 @@ class Reconstruction(WindowSolver):
                 self.accumulate_grad_batches,
             )
             if not module.groups:
-                return measure(task.window, task.cache, task.targets, self.loss) if scaling else task.first, None
+                return self.measure(task.window, task.cache, task.targets) if scaling else task.first, None
             self._fit(module, task.targets, callbacks)
             for linear in quant_linears(list(module.blocks)):
                 linear.rounding.harden_()
-            last = measure(task.window, task.cache, task.targets, self.loss)
+            last = self.measure(task.window, task.cache, task.targets)
             return self._fall_back(module, scaling, task, last)
 
     def _fall_back(
@@ -181,7 +182,8 @@ class Reconstruction(WindowSolver):
             the reconstruction loss of what is kept; what was done, or None.
 
         Note: only the start and the end are compared: the rates anneal to 0, so that a window that does not diverge
-            ends at its best. Round-to-nearest is that of the weights as preprocessing scaled them, but not cut off.
+            ends at its best. Round-to-nearest is that of the weights as preprocessing scaled them, but not cut off,
+            under gains of norms as the window before left them.
         """
         done = [self.finite_steps.describe()]
         kept = last
@@ -260,9 +262,10 @@ class Reconstruction(WindowSolver):
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt from None
+            finally:
+                module.learned.to(device)  # Lightning moves what it trained to the CPU
         for callback in trainer.callbacks:
             callback.__dict__.pop("log", None)  # Lightning's; would keep this window and its streams in memory
             callback.__dict__.pop("log_dict", None)
         module.learned.requires_grad_(False)
         module.zero_grad()  # the next window makes its own
-        module.learned.to(device)  # Lightning moves what it trained to the CPU

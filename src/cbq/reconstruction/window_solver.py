@@ -5,15 +5,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import lightning as L
+import torch
 from torch import nn
 
-from cbq.activations import ActivationCache
+from cbq.activations import ActivationCache, autocast
 from cbq.quant.linear import quant_linears
 from cbq.quant.state import QuantState, quant_state, quantized_modules
 from cbq.reconstruction.losses import ReconstructionLoss
-from cbq.reconstruction.result import WindowResult, measure, window_blocks
+from cbq.reconstruction.result import WindowResult, window_blocks
 from cbq.reconstruction.windows import Window
 from cbq.streams.kinds import Stream
+
+MEASURED_SEGMENTS = 16  # what a window's loss is reported on, and what the guard goes by
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Task:
         window: which blocks; all their linears are in the learned state.
         cache: its quantized stream is at window.start.
         targets: the full-precision stream after the window, (N, T, D).
-        new: the modules that no window has learned yet.
+        new: the modules that start anew: no window has learned them yet, or they are learned once more.
         first: the reconstruction loss as it stands.
         nearest: the same rounded to nearest, each weight's range covered whole.
     """
@@ -69,9 +72,9 @@ class WindowSolver(ABC):
         targets = cache.advance_full_precision(window.stop)
         blocks = window_blocks(window, cache)
         new = self.prepare_(window, cache)
-        first = measure(window, cache, targets, self.loss)
+        first = self.measure(window, cache, targets)
         with quant_state(blocks, QuantState.NEAREST):
-            nearest = measure(window, cache, targets, self.loss)
+            nearest = self.measure(window, cache, targets)
         last, guard = self.learn_(Task(window, cache, targets, new, first, nearest), callbacks)
         changed, total = map(sum, zip(*(linear.changed_integers() for linear in quant_linears(blocks)), strict=True))
         return WindowResult(
@@ -84,6 +87,17 @@ class WindowSolver(ABC):
             wall_time_seconds=time.perf_counter() - began,
             guard=guard,
         )
+
+    @torch.no_grad()
+    def measure(self, window: Window, cache: ActivationCache, targets: Stream) -> float:
+        """Return a window's reconstruction loss over the first `MEASURED_SEGMENTS` segments, in its present state."""
+        total, count = 0.0, 0
+        for part in cache.parts(min(len(cache), MEASURED_SEGMENTS)):
+            batch, target = cache.quantized[part], targets[part]
+            with autocast(batch.device):
+                total += self.loss(target, cache.run_blocks(window.start, window.stop, batch))[0].item() * len(batch)
+            count += len(batch)
+        return total / count
 
     def prepare_(self, window: Window, cache: ActivationCache) -> set[nn.Module]:
         """Put all of a window into the learned state.
