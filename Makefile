@@ -9,7 +9,7 @@ run: $(READY)
 	$(VENV)/bin/python run.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # The constraints also hold for the build's own environment.
 $(READY): pyproject.toml constraints.txt

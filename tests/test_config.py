@@ -11,7 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from cbq.cli import conf_dir, flatten
 from cbq.streams.places import StreamPlacement
 
-OPTIONS = sorted(path.relative_to(conf_dir()) for path in Path(conf_dir()).glob("*/*.yaml"))
+# Experiments are of all groups: tests/test_experiments.py.
+OPTIONS = sorted(
+    path.relative_to(conf_dir()) for path in Path(conf_dir()).glob("*/*.yaml") if path.parent.name != "experiment"
+)
 
 
 def compose(*overrides: str) -> DictConfig:

@@ -1,5 +1,7 @@
 """What may be started in a folder that already holds something."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,10 +66,40 @@ def test_another_configuration(tmp_path, status, changes):
 
 
 @pytest.mark.parametrize("status", ["running", "failed"])
-def test_unfinished_run(tmp_path, status):
+def test_unfinished_run_is_started_anew(tmp_path, status):
     leave_run(tmp_path, status)
-    with pytest.raises(InputError, match=r"not finished.*overwrite=true"):
-        make(tmp_path).is_finished()
+    folder = make(tmp_path)
+    assert not folder.is_finished()
+    with folder.held():
+        folder.start()
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from omegaconf import OmegaConf
+from cbq.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1]), OmegaConf.create()).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time(tmp_path):
+    """Two of one process or of two; a killed one holds nothing."""
+    with make(tmp_path).held(), pytest.raises(InputError, match="in use by another run"), make(tmp_path).held():
+        pass
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="in use by another run"), make(tmp_path).held():
+            pass
+        process.kill()
+        process.wait()
+    with make(tmp_path).held():
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_without_configuration(tmp_path):

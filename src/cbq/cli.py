@@ -72,6 +72,7 @@ def main() -> None:
     jobs = Jobs()
     application = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=config_name)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
     try:
         application(lambda config: codes.append(run_job(task, config, jobs)))()
     except KeyboardInterrupt:
@@ -115,6 +116,25 @@ def folder_name(dirname: str) -> str:
         return name
     digest = hashlib.sha256(dirname.encode()).hexdigest()[:12]
     return name.encode()[: MAX_FOLDER_BYTES - 13].decode(errors="ignore") + "-" + digest
+
+
+def sweep_folder(overrides: Sequence[str], dated: str) -> str:
+    """Return where a sweep's jobs are: one folder a table, so that finished cells are found again, else a new one.
+
+    Args:
+        overrides: the command line of a sweep, or those of one of its jobs.
+        dated: the folder of a sweep without experiments.
+
+    Example:
+        >>> sweep_folder(["experiment=glob(table3c_*)", "model=pico"], "2024-01-01")
+        'table3c'
+        >>> sweep_folder(["experiment=table3c_w2_o1", "model=pico"], "2024-01-01")
+        'table3c'
+        >>> sweep_folder(["quant=w4a4,w2a16"], "2024-01-01")
+        '2024-01-01'
+    """
+    found = [re.match(r"experiment=(?:glob\()?([A-Za-z0-9]+)", override) for override in overrides]
+    return next((match[1] for match in found if match), dated)
 
 
 def run_job(task: Callable[[DictConfig, RunFolder], None], config: DictConfig, jobs: Jobs) -> int:
@@ -162,13 +182,14 @@ def quantize(config: DictConfig, folder: RunFolder) -> None:
     check_combination(config, HydraConfig.get().overrides.task)
     choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
     settings = flatten(config)
-    settings |= {key: choice for key, choice in choices.items() if key not in NOT_SETTINGS}
-    runner = instantiate(config.runner, folder=folder, settings=settings)
-    try:
-        runner.run()
-    except BaseException as error:
-        runner.fail(error)
-        raise
+    settings |= {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
+    with folder.held():
+        runner = instantiate(config.runner, folder=folder, settings=settings)
+        try:
+            runner.run()
+        except BaseException as error:
+            runner.fail(error)
+            raise
 
 
 COMMANDS = {"quantize": ("config", quantize)}

@@ -1,8 +1,11 @@
 """The folder of a run: what may be started in it, and what it says of itself."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -11,6 +14,7 @@ from cbq.errors import InputError, check_flag
 from cbq.results import RESULTS_NAME, read_results
 
 CONFIG_NAME = "config.yaml"
+LOCK_NAME = ".lock"
 OUTPUTS = (RESULTS_NAME, CONFIG_NAME, "metrics.csv", "checkpoint", "wandb", "state", "trace.json", "profile.txt")
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
 NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "runner")
@@ -32,10 +36,10 @@ class RunFolder:
         self.overwrite = overwrite
 
     def is_finished(self) -> bool:
-        """Return whether this very run is already finished here.
+        """Return whether this very run is already finished here. One that is not is to be started anew.
 
         Raises:
-            InputError: the folder holds an unfinished run, or one of another configuration.
+            InputError: the folder holds a run of another configuration, or no run but files with a run's names.
         """
         way_out = "choose another hydra.run.dir, or overwrite=true to start anew"
         try:
@@ -51,9 +55,7 @@ class RunFolder:
             return False
         if self._stored_experiment() != experiment(self.config):
             raise InputError(f"{self.path} holds a run with a different configuration: {way_out}")
-        if results["status"] != "finished":
-            raise InputError(f"{self.path} holds a run that is not finished, and runs cannot be resumed yet: {way_out}")
-        return True
+        return results["status"] == "finished"
 
     def _stored_experiment(self) -> dict | None:
         """Return what decides the result of the run that is here, or None where that cannot be read."""
@@ -62,12 +64,30 @@ class RunFolder:
         except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
             return None
 
-    def start(self) -> None:
-        """Remove what an earlier run left, and write down the configuration."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made. A run that is killed holds it no longer.
+
+        Raises:
+            InputError: another run holds it, or it cannot be written to.
+        """
+        lock = FileLock(self.path / LOCK_NAME)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"hydra.run.dir {self.path} is in use by another run") from None
         except OSError as error:
             raise InputError(f"hydra.run.dir {self.path} cannot be made: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
+            lock.release()
+
+    def start(self) -> None:
+        """Remove what an earlier run left, and write down the configuration; the folder must be `held`."""
+        self.path.mkdir(parents=True, exist_ok=True)
         for name in OUTPUTS:
             old = self.path / name
             if old.is_dir() and not old.is_symlink():
