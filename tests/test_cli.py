@@ -195,6 +195,23 @@ def test_one_bad_cell_does_not_end_a_sweep(cbq, tmp_path):
     assert finished == {8, 1}
 
 
+def test_a_table_goes_on_where_it_was_left(cbq, tmp_path):
+    """The same command again: finished cells are skipped, a cell that was interrupted runs anew."""
+    table = ["-m", *SMALL, "experiment=glob(table15_*)"]
+    assert cbq(*table)[0] == 0
+    cells = sorted((tmp_path / "multirun" / "table15").rglob("results.json"))
+    first = [path.read_text() for path in cells]
+    assert [json.loads(text)["settings"]["experiment"] for text in first] == ["table15_cbd", "table15_cfp"]
+    cells[0].write_text(first[0].replace('"finished"', '"running"'))
+    code, output, _ = cbq(*table)
+    assert code == 0
+    assert output.count("already finished") == 1
+    assert json.loads(cells[0].read_text())["status"] == "finished"
+    assert cells[1].read_text() == first[1]
+    assert cbq(*table, "seed=1")[0] == 0  # beside the others
+    assert len(list((tmp_path / "multirun" / "table15").rglob("results.json"))) == 4
+
+
 def test_a_fault_of_ours_shows_and_is_kept(cbq, tmp_path, monkeypatch):
     monkeypatch.setattr("cbq.runner.save_checkpoint", lambda *_: 1 / 0)
     monkeypatch.chdir(tmp_path)
