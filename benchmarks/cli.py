@@ -12,7 +12,7 @@ import torch
 from benchmarks import fusion, growth, memory, phases, steps
 from benchmarks.compare import other_machine, verdict
 from benchmarks.plan import Plan
-from benchmarks.plot import figure_class, write_plot
+from benchmarks.plot import write_plot
 from benchmarks.rows import Row, Skipped, read_rows, to_json
 from benchmarks.shapes import SIZES, default_device
 from benchmarks.table import render
@@ -95,8 +95,6 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace, command: str) -> None:
     """Measure, and report."""
     baseline, machine_then = read_rows(options.compare) if options.compare else (None, None)
-    if not options.no_plot:
-        figure_class()  # before any work
     device = default_device()
     machine = environment(str(device)) | {"threads": torch.get_num_threads()}
     plan = Plan(tuple(SIZES[name] for name in options.sizes), options.repeats, device, options.quick)

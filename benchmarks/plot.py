@@ -2,28 +2,16 @@
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from benchmarks.rows import Row
-from cbq.errors import InputError
-
-
-def figure_class() -> type:
-    """Return matplotlib's figure.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("the plot needs matplotlib: pip install -e '.[bench]', or give --no-plot") from None
-    return Figure
 
 
 def write_plot(rows: list[Row], path: Path, baseline: list[Row] | None = None) -> None:
     """Draw every row, and the baseline's value of it where there is one."""
     parts = list(dict.fromkeys(row.part for row in rows))
     counts = [sum(row.part == part for row in rows) for part in parts]
-    figure = figure_class()(figsize=(11, 1.2 * len(parts) + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 1.2 * len(parts) + 0.28 * len(rows)), layout="constrained")
     panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=[count + 2 for count in counts])[:, 0]
     before = {row.key: row.value for row in baseline or []}
     for panel, part in zip(panels, parts, strict=True):

@@ -28,6 +28,8 @@ FENCES = {
     "wandb": {"tracking"},
     "transformers": {"models"},
     "datasets": {"data"},
+    "matplotlib": {"report"},
+    "pandas": {"report"},
     "huggingface_hub": {"hub"},
 }
 

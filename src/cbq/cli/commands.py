@@ -1,0 +1,75 @@
+"""What `cbq` can be told to do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten
+from cbq.report.command import SweepReport
+from cbq.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        config_name: its primary file in `conf/`.
+        task: what it does with the composed configuration.
+        argument: the option that a bare first word is a value of, if it takes one.
+        fills_folder: hydra's output folder is its own, made for it.
+    """
+
+    config_name: str
+    task: Callable[[DictConfig], None]
+    argument: str | None = None
+    fills_folder: bool = False
+
+    def overrides(self, words: list[str]) -> list[str]:
+        """Return what hydra is to be told for the words after the command's name; a path that is there is no option.
+
+        Example:
+            >>> Command("report", print, argument="folder").overrides(["multirun/it's", "x=1"])
+            ["folder='multirun/it\\\\'s'", 'x=1']
+        """
+        option = not words or words[0].startswith("-") or ("=" in words[0] and not Path(words[0]).exists())
+        if not self.argument or option:
+            return words
+        quoted = words[0].replace("\\", "\\\\").replace("'", "\\'")
+        return [f"{self.argument}='{quoted}'", *words[1:]]
+
+
+def quantize(config: DictConfig) -> None:
+    """Quantize one model into the job's folder, unless this very run is finished there."""
+    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir), config, config.overwrite)
+    if folder.is_finished():
+        print(f"already finished: {folder.path} (overwrite=true starts anew)")
+        return
+    check_keys(config)
+    check_combination(config, HydraConfig.get().overrides.task)
+    choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
+    settings = flatten(config)
+    settings |= {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
+    with folder.held():
+        runner = instantiate(config.runner, folder=folder, settings=settings)
+        try:
+            runner.run()
+        except BaseException as error:
+            runner.fail(error)
+            raise
+
+
+def report(config: DictConfig) -> None:
+    """Write the report of a sweep's folder."""
+    experiments = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
+    SweepReport(config.folder, experiments).run()
+
+
+COMMANDS = {
+    "quantize": Command("config", quantize, fills_folder=True),
+    "report": Command("report", report, argument="folder"),
+}

@@ -1,0 +1,75 @@
+"""What the user did wrong, in one line."""
+
+import re
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from cbq.cli.options import NOT_OPTIONS, conf_dir, flatten
+from cbq.errors import InputError
+
+SIGNATURE_ERROR = re.compile(r"unexpected keyword argument|missing \d+ required")
+
+
+def explain(error: BaseException | None) -> str | None:
+    """Return the user's mistake behind an error in one line, or None if the fault is ours."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for link in chain:
+        if isinstance(link, InputError):
+            return one_line(link)
+        if isinstance(link, MissingMandatoryValue | InterpolationToMissingValueError):
+            key = getattr(link, "full_key", None) or one_line(link)
+            return f"{key} is required: give {key}=<value>"
+        if isinstance(link, ConfigKeyError | ConfigAttributeError):
+            return unknown_key(link)
+        if isinstance(link, MissingConfigException):
+            options = ", ".join(link.options or [])
+            return f"{link.missing_cfg_file!r} does not exist" + (f": it must be one of {options}" if options else "")
+    for link in chain:
+        # An argument that a class does not have, or that is missing; any other TypeError is a fault of ours.
+        if isinstance(link, InstantiationException) and SIGNATURE_ERROR.search(str(link.__cause__)):
+            return one_line(link.__cause__)
+        if isinstance(link, ConfigCompositionException | OmegaConfBaseException):
+            return one_line(link)
+    if isinstance(chain[0], HydraException) and not isinstance(chain[0], InstantiationException):
+        return one_line(chain[0])
+    return None
+
+
+def unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+    """Return what key a user may have meant, given the choices of groups on the command line."""
+    key = error.full_key or str(error.key)
+    groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
+    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = hydra.compose("config", overrides=choices)
+    for missing in OmegaConf.missing_keys(config):
+        OmegaConf.update(config, missing, None)
+    options = [option for option in (*flatten(config), *config) if option not in NOT_OPTIONS]
+    group = key.partition(".")[0]
+    siblings = [option for option in options if option.startswith(f"{group}.")] if "." in key else list(config)
+    if key in options or not siblings:  # it exists in another job of a sweep; or the choice has no options
+        return f"option {key!r} does not exist for every choice of {group}"
+    leaves = {option.rpartition(".")[2]: option for option in siblings}
+    close = get_close_matches(key.rpartition(".")[2], leaves, n=1)
+    hint = f"did you mean {leaves[close[0]]}?" if close else f"it must be one of {', '.join(siblings)}"
+    return f"unknown option {key!r}: {hint}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split())

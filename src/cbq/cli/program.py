@@ -1,0 +1,156 @@
+"""The program: pick the command, compose its configuration, run it, explain mistakes."""
+
+import hashlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from cbq.cli.commands import COMMANDS, Command
+from cbq.cli.mistakes import explain
+from cbq.cli.options import conf_dir
+from cbq.errors import InputError
+from cbq.run_folder import withdraw
+
+USAGE = """cbq: cross-block quantization of large language models
+
+  cbq <option=value ...>            quantize a model (the same as: cbq quantize ...)
+  cbq quant=w4a4 cbd.overlap=1      the embedded model at 4 bits
+  cbq -m quant=w4a4,w2a16           a sweep: every combination, one run each
+  cbq model=hf model.path=<folder or hub id> quant=w4a16 quant.group_size=128
+
+Commands:
+  quantize    quantize a model, evaluate it, save it
+              (cbq quantize --help lists the option groups, cbq quantize --cfg job every option)
+  report      the table and the plot of a sweep: cbq report multirun/table3c
+"""
+
+MAX_FOLDER_BYTES = 200
+
+
+def main() -> None:
+    """Run the command that sys.argv names, and exit with its code."""
+    words = sys.argv[1:]
+    if words[:1] in (["-h"], ["--help"], ["help"]):
+        print(USAGE, end="")
+        sys.exit(0)
+    command = "quantize"
+    if words and "=" not in words[0] and not words[0].startswith(("-", "+", "~")):
+        command = words.pop(0)
+    if command not in COMMANDS:
+        print(f"cbq: unknown command {command!r}: it must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    chosen = COMMANDS[command]
+    sys.argv[1:] = chosen.overrides(words)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises what it would print, so that it can be said in one line
+    codes: list[int] = []
+    jobs = Jobs()
+    application = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=chosen.config_name)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+    try:
+        application(lambda config: codes.append(run_job(chosen, config, jobs)))()
+    except KeyboardInterrupt:
+        print("cbq: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        line = explain(error)
+        if line is None and isinstance(error, OSError) and not jobs.started:
+            line = f"hydra.run.dir {error.filename} cannot be made: {error.strerror}"
+        if line is None:
+            raise
+        if jobs.failed:
+            line = f"failed jobs: {', '.join(map(str, jobs.failed))}; the others are done"
+        print(f"cbq: {line}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(max(codes, default=0))
+
+
+@dataclass
+class Jobs:
+    """What became of the jobs of one command.
+
+    Args:
+        started: whether any has.
+        failed: the numbers of those of a sweep that did.
+    """
+
+    started: bool = False
+    failed: list[int] = field(default_factory=list)
+
+
+def folder_name(dirname: str) -> str:
+    """Return a name for one folder from a sweep job's overrides: no path in it, and not too long for a disk.
+
+    Example:
+        >>> folder_name("quant=w4a4,calibration.path=../a.txt")
+        'quant=w4a4,calibration.path=.._a.txt'
+    """
+    name = dirname.replace("/", "_").replace(chr(92), "_")
+    if len(name.encode()) <= MAX_FOLDER_BYTES:
+        return name
+    digest = hashlib.sha256(dirname.encode()).hexdigest()[:12]
+    return name.encode()[: MAX_FOLDER_BYTES - 13].decode(errors="ignore") + "-" + digest
+
+
+def sweep_folder(overrides: Sequence[str], dated: str) -> str:
+    """Return where a sweep's jobs are: one folder a table, so that finished cells are found again, else a new one.
+
+    Args:
+        overrides: the command line of a sweep, or those of one of its jobs.
+        dated: the folder of a sweep without experiments.
+
+    Example:
+        >>> sweep_folder(["experiment=glob(table3c_*)", "model=pico"], "2024-01-01")
+        'table3c'
+        >>> sweep_folder(["experiment=table3c_w2_o1", "model=pico"], "2024-01-01")
+        'table3c'
+        >>> sweep_folder(["quant=w4a4,w2a16"], "2024-01-01")
+        '2024-01-01'
+    """
+    found = [re.match(r"experiment=(?:glob\()?([A-Za-z0-9]+)", override) for override in overrides]
+    return next((match[1] for match in found if match), dated)
+
+
+def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:
+    """Run one job and return its exit code; in a sweep raise instead, so that every launcher sees the failure.
+
+    Args:
+        command: which.
+        config: the composed configuration.
+        jobs: is told.
+
+    Raises:
+        InputError: in a sweep, the user's mistake. The sweep goes on with its other jobs.
+    """
+    job = HydraConfig.get()
+    in_sweep = job.mode is RunMode.MULTIRUN
+    jobs.started = True
+    path = Path(job.runtime.output_dir)
+    if in_sweep:
+        print(f"\njob {job.job.num}: {job.job.override_dirname}", flush=True)
+    try:
+        command.task(config)
+    except Exception as error:
+        line = explain(error)
+        if command.fills_folder:
+            withdraw(path)
+        jobs.failed += [job.job.num] if in_sweep else []
+        if line is None:
+            if command.fills_folder and path.is_dir():
+                (path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            raise
+        where = f"job {job.job.num}: " if in_sweep else ""
+        print(f"cbq: {where}{line}", file=sys.stderr)
+        if in_sweep:
+            raise InputError(f"job {job.job.num} failed ({line})") from None
+        return 2
+    return 0

@@ -1,0 +1,74 @@
+"""`cbq report`: a sweep's folder as a table and a plot."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from cbq.errors import InputError
+from cbq.report.pareto import plot
+from cbq.report.render import latex, markdown, page
+from cbq.report.sweep import EXPERIMENT, SweepTable, read_sweep, sweep_table
+
+NAMES = {"markdown": "report.md", "html": "report.html", "latex": "report.tex", "plot": "report.png"}
+
+
+class SweepReport:
+    """Writes `report.md`, `report.html`, `report.tex` and `report.png` into a sweep's folder, and shows the table.
+
+    Args:
+        folder: of the sweep: every run below it counts.
+        experiments: names of all experiments there are; those of a table that the sweep has runs of belong to it.
+    """
+
+    def __init__(self, folder: str, experiments: Sequence[str]) -> None:
+        if not isinstance(folder, str) or not folder:
+            raise InputError(f"cbq report needs the folder of a sweep, got {folder!r}: cbq report multirun/table3c")
+        self.folder = Path(folder)
+        self.experiments = experiments
+
+    def run(self) -> SweepTable:
+        """Write the four files, and return the table.
+
+        Raises:
+            InputError: there is no run below the folder, or it cannot be written to.
+        """
+        runs = read_sweep(self.folder)
+        tables = {run["settings"].get(EXPERIMENT, "").partition("_")[0] for run in runs} - {""}
+        table = sweep_table(runs, [name for name in self.experiments if name.partition("_")[0] in tables])
+        notes = describe(runs, table)
+        try:
+            self._write(table, notes)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written to: {error.strerror}") from None
+        console = Console(highlight=False)
+        console.print(Text(markdown(table)), soft_wrap=True)
+        console.print(Text(f"{', '.join(NAMES.values())} in {self.folder}"), soft_wrap=True)
+        return table
+
+    def _write(self, table: SweepTable, notes: Sequence[str]) -> None:
+        picture = self.folder / NAMES["plot"]
+        images = [base64.b64encode(picture.read_bytes()).decode()] if plot(table, picture) else []
+        text = markdown(table) + "".join(f"\n{note}\n" for note in notes)
+        text += f"\n![perplexity over time]({NAMES['plot']})\n" if images else ""
+        for name, content in (
+            ("markdown", text),
+            ("html", page(self.folder.resolve().name, table, images, notes)),
+            ("latex", latex(table)),
+        ):
+            (self.folder / NAMES[name]).write_text(content, encoding="utf-8")
+
+
+def describe(runs: Sequence[dict], table: SweepTable) -> list[str]:
+    """Return what a reader has to know of the numbers: seeds, commits and machines."""
+    environments = [run["environment"] for run in runs]
+    commits = sorted({str(each["git_commit"] or each["cbq"])[:12] for each in environments})
+    devices = sorted({each["device_name"] or f"{each['device']}, {each['cores']} cores" for each in environments})
+    seeds = "one seed" if table.seeds == 1 else f"mean (range) over up to {table.seeds} seeds"
+    return [
+        f"Perplexity, lower is better: {seeds}; the best of a column in bold. Seconds are reconstruction's, "
+        "GiB the peak.",
+        f"Commit {', '.join(commits)}; {', '.join(devices)}.",
+    ]

@@ -1,0 +1,57 @@
+"""Perplexity against what it costs: the rows of a sweep's table as points, and those that nothing beats as a line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cbq.report.sweep import SECONDS, SweepTable
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other is as good as in both coordinates, smaller being better, by the first.
+
+    Example:
+        >>> front([(1.0, 5.0), (2.0, 3.0), (3.0, 4.0)])
+        [(1.0, 5.0), (2.0, 3.0)]
+    """
+    kept: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
+
+
+def plot(table: SweepTable, path: Path) -> bool:
+    """Draw perplexity over seconds of reconstruction, a panel a model and corpus.
+
+    Args:
+        table: what to show.
+        path: of a PNG file.
+
+    Returns:
+        whether there was something to draw.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display is needed
+    from matplotlib import pyplot as plt
+
+    panels = {}
+    for model, corpus in [column for column in table.columns if column[1] in table.corpora]:
+        points = {row: (values[model, SECONDS].mean, values[model, corpus].mean) for row, values in table.rows.items()}
+        points = {row: point for row, point in points.items() if None not in point}
+        if points:
+            panels[model, corpus] = points
+    if not panels:
+        return False
+    figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, ((model, corpus), points) in zip(axes[0], panels.items(), strict=True):
+        axis.plot(*zip(*front(list(points.values())), strict=True), color="tab:orange", zorder=1)
+        axis.scatter(*zip(*points.values(), strict=True), zorder=2)
+        for row, point in points.items():
+            axis.annotate(" ".join(row), point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set(xlabel="seconds of reconstruction", ylabel=f"perplexity on {corpus}", title=model)
+        axis.margins(0.15)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True

@@ -1,0 +1,89 @@
+"""A sweep's table as Markdown, HTML and LaTeX: the best of a column in bold."""
+
+import html
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from cbq.report.sweep import EXPERIMENT, SECONDS, SweepTable
+
+FULL_PRECISION = "full precision"
+
+
+def grid(
+    table: SweepTable, bold: Callable[[str], str], escape: Callable[[str], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows as text.
+
+    Args:
+        table: what to show.
+        bold: marks text that is escaped.
+        escape: makes any text literal.
+    """
+    one_table = {row[0].partition("_")[0] for row in table.rows} if EXPERIMENT in table.labels else set()
+    prefix = f"{one_table.pop()}_" if len(one_table) == 1 else ""
+    headings = [*table.labels, *(" ".join(column) for column in table.columns)]
+    best = {column: table.best(column) for column in table.columns}
+    rows = []
+    if table.full_precision:
+        found = [table.full_precision.get(column) for column in table.columns]
+        labels = [FULL_PRECISION, *[""] * (len(table.labels) - 1)] if table.labels else []
+        rows.append([*map(escape, labels), *(escape(value.format()) if value else "" for value in found)])
+    for row, values in table.rows.items():
+        cells = [escape(row[0].removeprefix(prefix)), *map(escape, row[1:])] if row else []
+        for column in table.columns:
+            text = escape(values[column].format(0 if column[1] == SECONDS else 2))
+            cells.append(bold(text) if row in best[column] and len(table.rows) > 1 else text)
+        rows.append(cells)
+    return list(map(escape, headings)), rows
+
+
+def markdown(table: SweepTable) -> str:
+    """Return a table of GitHub's Markdown."""
+    headings, rows = grid(table, lambda text: f"**{text}**", lambda text: text.replace("|", "\\|"))
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def latex(table: SweepTable) -> str:
+    """Return a `tabular` for the package booktabs."""
+    headings, rows = grid(table, lambda text: rf"\textbf{{{text}}}", escape_latex)
+    style = pd.DataFrame(rows, columns=pd.Index(headings)).style.hide(axis="index")
+    return style.to_latex(hrules=True, column_format="l" * len(table.labels) + "r" * len(table.columns))
+
+
+def escape_latex(text: str) -> str:
+    r"""Return text that LaTeX prints as it is.
+
+    Example:
+        >>> print(escape_latex("table3c_w2 50%"))
+        table3c\_w2 50\%
+    """
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
+
+
+def html_table(table: SweepTable) -> str:
+    """Return a `<table>`."""
+    headings, rows = grid(table, lambda text: f"<b>{text}</b>", html.escape)
+    return pd.DataFrame(rows, columns=pd.Index(headings)).to_html(index=False, escape=False, border=0)
+
+
+def page(title: str, table: SweepTable, images: Sequence[str], notes: Sequence[str]) -> str:
+    """Return one self-contained HTML page.
+
+    Args:
+        title: of the page.
+        table: what to show.
+        images: PNG files in base 64.
+        notes: lines below the table.
+    """
+    shown = "".join(f'<img alt="plot" src="data:image/png;base64,{image}">' for image in images)
+    lines = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
+        "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
+        "th:first-child,td:first-child{text-align:left}img{max-width:100%}</style></head>"
+        f"<body><h1>{html.escape(title)}</h1>{html_table(table)}{lines}{shown}</body></html>\n"
+    )

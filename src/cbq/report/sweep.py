@@ -1,0 +1,194 @@
+"""A table of a sweep's runs: a row a cell, its seeds averaged, columns by model and corpus."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from cbq.errors import InputError
+from cbq.results import RESULTS_NAME, read_results
+
+EXPERIMENT = "experiment"
+SECONDS, MEMORY = "seconds", "GiB"
+FIRST = ("method", "quant")  # what a row is told by before anything else
+# A column of its own, or nothing to a result.
+NOT_A_ROW = (EXPERIMENT, "seed", "model", "tracking", "activations", "debug", "evaluation.batch_size")
+STATES = {"failed": "failed", "running": "unfinished"}
+MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one cell of the table says.
+
+    Args:
+        numbers: of its finished seeds, those that are finite.
+        text: instead of a number, where there is none.
+        total: of its seeds, finished or not.
+    """
+
+    numbers: tuple[float, ...] = ()
+    text: str = ""
+    total: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over seeds."""
+        return mean(self.numbers) if self.numbers else None
+
+    def format(self, digits: int = 2) -> str:
+        """Return mean, range over seeds, and how many of them there are where some are not there.
+
+        Example:
+            >>> Value((15.36, 15.4), total=2).format()
+            '15.38 (15.36-15.40)'
+            >>> Value((15.36,), total=3).format()
+            '15.36 [1 of 3]'
+        """
+        if not self.numbers:
+            return self.text
+        text = f"{self.mean:.{digits}f}"
+        if len(self.numbers) > 1:
+            text += f" ({min(self.numbers):.{digits}f}-{max(self.numbers):.{digits}f})"
+        return text if len(self.numbers) == self.total else f"{text} [{len(self.numbers)} of {self.total}]"
+
+
+@dataclass
+class SweepTable:
+    """A sweep's results.
+
+    Args:
+        labels: headings of what tells rows apart.
+        columns: headings of values: model and corpus, then seconds and memory of each model.
+        rows: a row's labels -> its values by column.
+        full_precision: values by column of the models before quantization.
+        seeds: how many there are.
+    """
+
+    labels: list[str]
+    columns: list[tuple[str, str]]
+    rows: dict[tuple[str, ...], dict[tuple[str, str], Value]]
+    full_precision: dict[tuple[str, str], Value] = field(default_factory=dict)
+    seeds: int = 1
+
+    @property
+    def corpora(self) -> set[str]:
+        """What perplexity is measured on."""
+        return {what for _, what in self.columns} - {SECONDS, MEMORY}
+
+    def best(self, column: tuple[str, str]) -> set[tuple[str, ...]]:
+        """Return the rows whose mean is the smallest of a column."""
+        means = {row: values[column].mean for row, values in self.rows.items() if column in values}
+        known = [value for value in means.values() if value is not None]
+        return {row for row, value in means.items() if known and value == min(known)}
+
+
+def read_sweep(folder: Path) -> list[dict]:
+    """Return the results of all runs below a folder, in the order of their paths.
+
+    Raises:
+        InputError: there is none, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder")
+    found = [read_results(path.parent) for path in sorted(folder.rglob(RESULTS_NAME))]
+    if not found:
+        raise InputError(f"no run below {folder}: there is no {RESULTS_NAME}")
+    return found
+
+
+def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTable:
+    """Return the table of some runs.
+
+    Rows are experiments, if the runs are of experiments, and whatever else differs between runs of one experiment.
+
+    Args:
+        runs: contents of `results.json`.
+        expected: names of experiments that belong to the table; those without a run are rows too.
+    """
+    labels = [EXPERIMENT] if any(EXPERIMENT in run["settings"] for run in runs) else []
+    labels += telling(runs)
+    columns = value_columns(runs)
+    grouped: dict[tuple[str, ...], dict[str, list[dict]]] = {}
+    for run in runs:
+        row = tuple(str(run["settings"].get(label, "-")) for label in labels)
+        grouped.setdefault(row, {}).setdefault(run["model"], []).append(run)
+    rows = {row: row_values(by_model, columns) for row, by_model in grouped.items()}
+    present = {row[0] for row in rows} if labels else set()
+    for name in expected:
+        if name not in present:
+            row = (name, *["-"] * (len(labels) - 1))
+            rows[row] = {column: Value(text=MISSING) for column in columns}
+    full_precision = {}
+    for model, corpus in columns:
+        found = {
+            run["perplexity"][corpus]["full_precision"]
+            for run in runs
+            if run["model"] == model and corpus in run.get("perplexity", {})
+        }
+        if numbers := tuple(sorted(number for number in found if number is not None)):
+            full_precision[model, corpus] = Value(numbers, total=len(numbers))
+    return SweepTable(labels, columns, rows, full_precision, len({run["seed"] for run in runs}))
+
+
+def telling(runs: Sequence[dict]) -> list[str]:
+    """Return settings that tell the runs of one experiment apart: a choice before what follows from it.
+
+    Example:
+        >>> runs = [{"settings": {"rounding.rank": 5, "rounding": kind, "seed": 0}} for kind in ("lora", "nearest")]
+        >>> telling(runs)
+        ['rounding']
+    """
+    keys = dict.fromkeys(key for run in runs for key in run["settings"])
+    keys = [key for key in keys if key not in NOT_A_ROW and key.partition(".")[0] not in NOT_A_ROW]
+    told: list[str] = []
+    for key in sorted(keys, key=lambda key: (*(key != first for first in FIRST), "." in key)):
+        values: dict[tuple[str, ...], set[str]] = {}
+        for run in runs:
+            row = tuple(str(run["settings"].get(label, "-")) for label in (EXPERIMENT, *told))
+            values.setdefault(row, set()).add(str(run["settings"].get(key, "-")))
+        if any(len(each) > 1 for each in values.values()):
+            told.append(key)
+    return told
+
+
+def value_columns(runs: Sequence[dict]) -> list[tuple[str, str]]:
+    """Return each model with each of its corpora, then with time and memory."""
+    columns: dict[tuple[str, str], None] = {}
+    for run in sorted(runs, key=lambda run: run["model"]):
+        for corpus in run.get("perplexity", {}):
+            columns[run["model"], corpus] = None
+    for model in sorted({run["model"] for run in runs}):
+        columns |= {(model, SECONDS): None, (model, MEMORY): None}
+    return list(columns)
+
+
+def row_values(by_model: dict[str, list[dict]], columns: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Value]:
+    """Return the values of one row.
+
+    Args:
+        by_model: its runs, one a seed.
+        columns: what to say of them.
+    """
+    values = {}
+    for model, what in columns:
+        runs = by_model.get(model, [])
+        finished = [run for run in runs if run["status"] == "finished"]
+        measured = [run for run in finished if what in (SECONDS, MEMORY) or what in run["perplexity"]]
+        numbers = [number for run in measured if (number := value_of(run, what)) is not None]
+        states = sorted({STATES.get(run["status"], "") for run in runs} - {""})
+        text = "not finite" if measured else ", ".join(states) or ("-" if runs else MISSING)
+        values[model, what] = Value(tuple(numbers), text, len(runs))
+    return values
+
+
+def value_of(run: dict, what: str) -> float | None:
+    """Return what a finished run says: the perplexity on a corpus, the seconds of reconstruction, or peak memory."""
+    if what == SECONDS:
+        return run["cost"]["reconstruction_seconds"]
+    if what == MEMORY:
+        cost = run["cost"]
+        return (
+            cost["peak_host_memory_gib"] if cost["peak_device_memory_gib"] is None else cost["peak_device_memory_gib"]
+        )
+    return run["perplexity"][what]["quantized"]

@@ -1,0 +1,45 @@
+"""The three forms of a table say the same."""
+
+import pytest
+
+from cbq.report.render import html_table, latex, markdown, page
+from cbq.report.sweep import SweepTable, sweep_table
+
+
+@pytest.fixture
+def table(result) -> SweepTable:
+    runs = [result(experiment="table1_a&b_50%", quantized=17.25), result(experiment="table1_|c|", quantized=16.5)]
+    return sweep_table(runs, expected=["table1_<d>"])
+
+
+def test_markdown(table):
+    lines = markdown(table).splitlines()
+    assert lines[0] == "| experiment | pico embedded | pico seconds | pico GiB |"
+    assert lines[2] == "| full precision | 15.00 |  |  |"
+    assert lines[3] == "| a&b_50% | 17.25 | 1725 | **1.00** |"
+    assert lines[4] == r"| \|c\| | **16.50** | **1650** | **1.00** |"
+    assert lines[5] == "| <d> | missing | missing | missing |"
+
+
+def test_html(table):
+    text = html_table(table)
+    assert "<b>16.50</b>" in text
+    assert "<td>a&amp;b_50%</td>" in text
+    assert "&lt;d&gt;" in text
+    assert text.count("<tr") == 5
+
+
+def test_latex(table):
+    text = latex(table)
+    assert r"a\&b\_50\% & 17.25 & 1725 & \textbf{1.00} \\" in text
+    assert r"\textbf{16.50}" in text
+    assert text.startswith(r"\begin{tabular}{lrrr}")
+    assert text.count(r"\\") == 5
+
+
+def test_page_is_one_file(table):
+    text = page("a <title>", table, ["QUJD"], ["note & more"])
+    assert "a &lt;title&gt;" in text
+    assert "data:image/png;base64,QUJD" in text
+    assert "note &amp; more" in text
+    assert "http" not in text
