@@ -131,12 +131,6 @@ def test_a_mistake_is_one_line(options, message, capsys):
     assert message in streams.err
 
 
-def test_no_matplotlib_is_said_before_any_work(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert cli.main(["--quick"]) == 2
-    assert "pip install -e '.[bench]'" in capsys.readouterr().err
-
-
 def test_modules_are_short_and_the_package_does_not_know_them():
     modules = list((ROOT / "benchmarks").glob("*.py"))
     assert len(modules) > 10
