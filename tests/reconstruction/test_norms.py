@@ -106,7 +106,9 @@ def test_an_error_leaves_the_gains_as_they_were(make_setup, make_solver, error):
 
 
 @pytest.mark.parametrize(
-    "options", [{"scaling": LearnedScaling()}, {"homologous_weight": 0.5}, {"restart": True}], ids=str
+    "options",
+    [{"scaling": LearnedScaling()}, {"homologous_weight": 0.5}, {"restart": True}],
+    ids=lambda each: next(iter(each)),
 )
 def test_what_excludes_learned_gains(make_solver, options):
     with pytest.raises(InputError, match=r"^reconstruction.learning_rates.norm excludes"):
