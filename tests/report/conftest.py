@@ -24,6 +24,7 @@ def result() -> Callable[..., dict]:
             "format_version": 1,
             "status": status,
             "model": model,
+            "scheme": str(settings.get("quant", "w4a4")).upper(),
             "seed": seed,
             "settings": {"seed": seed, "model": model} | settings,
             "environment": {"git_commit": "abc", "cbq": "0", "device_name": None, "device": "cpu", "cores": 2},

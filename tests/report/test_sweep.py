@@ -91,6 +91,12 @@ def test_best_is_the_smallest_mean(result):
     assert sweep_table(runs).best(PERPLEXITY) == {("b",)}
 
 
+def test_best_is_of_one_scheme(result):
+    pairs = {"w2a16": (20.0, 19.0), "w4a16": (16.0, 15.5), "w4a4": (17.0,)}
+    runs = [result(value, quant=quant, kind=kind) for quant, both in pairs.items() for kind, value in enumerate(both)]
+    assert sweep_table(runs).best(PERPLEXITY) == {("w2a16", "1"), ("w4a16", "1")}
+
+
 def test_value_without_numbers():
     assert Value(text="missing").mean is None
 

@@ -1,4 +1,4 @@
-"""A sweep's table as Markdown, HTML and LaTeX: the best of a column in bold."""
+"""A sweep's table as Markdown, HTML and LaTeX: the best of a column and scheme in bold."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def grid(
         cells = [escape(row[0].removeprefix(prefix)), *map(escape, row[1:])] if row else []
         for column in table.columns:
             text = escape(values[column].format(0 if column[1] == SECONDS else 2))
-            cells.append(bold(text) if row in best[column] and len(table.rows) > 1 else text)
+            cells.append(bold(text) if row in best[column] else text)
         rows.append(cells)
     return list(map(escape, headings)), rows
 

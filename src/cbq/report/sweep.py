@@ -63,6 +63,7 @@ class SweepTable:
         rows: a row's labels -> its values by column.
         full_precision: values by column of the models before quantization.
         seeds: how many there are.
+        schemes: of the rows that have runs: W2A16 is not held against W4A16.
     """
 
     labels: list[str]
@@ -70,6 +71,7 @@ class SweepTable:
     rows: dict[tuple[str, ...], dict[tuple[str, str], Value]]
     full_precision: dict[tuple[str, str], Value] = field(default_factory=dict)
     seeds: int = 1
+    schemes: dict[tuple[str, ...], str] = field(default_factory=dict)
 
     @property
     def corpora(self) -> set[str]:
@@ -77,10 +79,19 @@ class SweepTable:
         return {what for _, what in self.columns} - {SECONDS, MEMORY}
 
     def best(self, column: tuple[str, str]) -> set[tuple[str, ...]]:
-        """Return the rows whose mean is the smallest of a column."""
-        means = {row: values[column].mean for row, values in self.rows.items() if column in values}
-        known = [value for value in means.values() if value is not None]
-        return {row for row, value in means.items() if known and value == min(known)}
+        """Return the rows whose mean is the smallest of a column, among two or more of one scheme."""
+        means: dict[str, dict[tuple[str, ...], float]] = {}
+        for row, scheme in self.schemes.items():
+            value = self.rows[row][column].mean
+            if value is not None:
+                means.setdefault(scheme, {})[row] = value
+        return {
+            row
+            for rows in means.values()
+            if len(rows) > 1
+            for row, value in rows.items()
+            if value == min(rows.values())
+        }
 
 
 def read_sweep(folder: Path) -> list[dict]:
@@ -128,7 +139,8 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
         }
         if numbers := tuple(sorted(number for number in found if number is not None)):
             full_precision[model, corpus] = Value(numbers, total=len(numbers))
-    return SweepTable(labels, columns, rows, full_precision, len({run["seed"] for run in runs}))
+    schemes = {row: next(iter(by_model.values()))[0]["scheme"] for row, by_model in grouped.items()}
+    return SweepTable(labels, columns, rows, full_precision, len({run["seed"] for run in runs}), schemes)
 
 
 def telling(runs: Sequence[dict]) -> list[str]:
