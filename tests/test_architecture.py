@@ -13,7 +13,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ROWS = (
     {"errors", "__init__"},
     {"hub"},
-    {"quant", "models", "data", "streams"},
+    {"quant", "models", "data", "streams", "devices"},
     {"activations", "quantized", "method"},
     {"preprocess", "reconstruction", "evaluation"},
     {"checkpoint", "tracking", "cost", "results", "run_folder", "report"},

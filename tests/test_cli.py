@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from cbq.cli import main
+from cbq.results import SCHEMA_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = [
@@ -191,8 +193,28 @@ def test_one_bad_cell_does_not_end_a_sweep(cbq, tmp_path):
     assert code == 2
     assert "job 0: cbd.window must be at most the model's 8 blocks" in error
     assert error.splitlines()[-1] == "cbq: failed jobs: 0, 3; the others are done"
-    finished = {json.loads(path.read_text())["settings"]["cbd.window"] for path in tmp_path.rglob("results.json")}
-    assert finished == {8, 1}
+    cells = [json.loads(path.read_text()) for path in tmp_path.rglob("results.json")]
+    statuses = {results["settings"]["cbd.window"]: results["status"] for results in cells}
+    assert statuses == {8: "finished", 1: "finished", 9: "failed", 10: "failed"}
+    assert cbq("report", "sweep")[0] == 0
+    rows = (tmp_path / "sweep" / "report.md").read_text().splitlines()
+    assert sum(row.count("failed") > 0 for row in rows) == 2
+
+
+def test_a_failed_cell_of_a_sweep_says_what_it_is(cbq, tmp_path):
+    """Also where it fails before there is a model; the same command tries it again."""
+    words = ["model=hf", "model.path=nobody/nothing", "method=rtn,gptq", "rounding=lora"]
+    for _ in range(2):
+        code, _, error = cbq("-m", *SMALL, "hydra.sweep.dir=sweep", *words)
+        assert code == 2
+        assert "already finished" not in error
+        cells = [json.loads(path.read_text()) for path in tmp_path.rglob("results.json")]
+        assert {results["method"] for results in cells} == {"rtn", "gptq"}
+        for results in cells:
+            jsonschema.validate(results, json.loads(SCHEMA_PATH.read_text()))
+            assert results["status"] == "failed"
+            assert results["model"] == "nobody/nothing"
+            assert "rounding means nothing with method=" in results["error"]
 
 
 def test_a_table_goes_on_where_it_was_left(cbq, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import cbq
+from cbq.devices import num_cores
 from cbq.errors import InputError
 
 FORMAT_VERSION = 1
@@ -39,9 +40,14 @@ def environment(device: str) -> dict:
         "lightning": version("lightning"),
         "device": device,
         "device_name": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "platform": platform.platform(),
     }
+
+
+def failure(error: BaseException) -> str:
+    """Return the kind and message of what ended a run, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def write_results(folder: Path, results: dict) -> None:

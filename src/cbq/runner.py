@@ -30,7 +30,7 @@ from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.progress import WindowProgress
 from cbq.report.summary import print_summary
-from cbq.results import environment, write_results
+from cbq.results import environment, failure, write_results
 from cbq.run_folder import RunFolder
 from cbq.streams.places import Place, StreamPlacement
 from cbq.tracking import Tracker
@@ -210,8 +210,7 @@ class Runner:
         """Write down that the run failed, if it had begun."""
         if self.results:
             self.tracker.failed()
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            write_results(self.folder.path, self.results | {"status": "failed", "error": line})
+            write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
 
 
 def effective_bits(model: nn.Module) -> float:

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten
+from cbq.models.loading import results_name
 from cbq.report.command import SweepReport
+from cbq.results import environment, failure, write_results
 from cbq.run_folder import RunFolder
 
 
@@ -49,18 +53,38 @@ def quantize(config: DictConfig) -> None:
     if folder.is_finished():
         print(f"already finished: {folder.path} (overwrite=true starts anew)")
         return
-    check_keys(config)
-    check_combination(config, HydraConfig.get().overrides.task)
     choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
-    settings = flatten(config)
-    settings |= {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
+    settings = {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
+    runner = None
     with folder.held():
-        runner = instantiate(config.runner, folder=folder, settings=settings)
         try:
+            settings = flatten(config) | settings
+            check_keys(config)
+            check_combination(config, HydraConfig.get().overrides.task)
+            runner = instantiate(config.runner, folder=folder, settings=settings)
             runner.run()
         except BaseException as error:
-            runner.fail(error)
+            if runner is not None and runner.results:
+                runner.fail(error)
+            elif HydraConfig.get().mode is RunMode.MULTIRUN:  # a cell of a table, which shows it
+                folder.start()
+                write_results(folder.path, failed_results(config, settings, error))
             raise
+
+
+def failed_results(config: DictConfig, settings: dict, error: BaseException) -> dict:
+    """Return what `results.json` says of a run that failed before there was a model to name."""
+    path = settings.get("model.path")
+    return {
+        "status": "failed",
+        "error": failure(error),
+        "model": results_name(path, settings.get("model.name")) if isinstance(path, str) else settings["model"],
+        "scheme": settings["quant"].upper(),
+        "method": settings["method"],
+        "seed": config.seed if isinstance(config.seed, int) else 0,
+        "settings": settings,
+        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
+    }
 
 
 def report(config: DictConfig) -> None:

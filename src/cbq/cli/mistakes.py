@@ -19,6 +19,8 @@ from omegaconf.errors import (
 from cbq.cli.options import NOT_OPTIONS, conf_dir, flatten
 from cbq.errors import InputError
 
+# What a launcher's configuration extends -> the extra that brings it.
+EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
 SIGNATURE_ERROR = re.compile(r"unexpected keyword argument|missing \d+ required")
 
 
@@ -37,6 +39,8 @@ def explain(error: BaseException | None) -> str | None:
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return unknown_key(link)
         if isinstance(link, MissingConfigException):
+            if link.missing_cfg_file in EXTRAS:
+                return f"this launcher needs an extra: pip install 'cbq[{EXTRAS[link.missing_cfg_file]}]'"
             options = ", ".join(link.options or [])
             return f"{link.missing_cfg_file!r} does not exist" + (f": it must be one of {options}" if options else "")
     for link in chain:

@@ -1,24 +1,24 @@
 """The program: pick the command, compose its configuration, run it, explain mistakes."""
 
-import hashlib
 import os
-import re
 import sys
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cbq.cli.commands import COMMANDS, Command
 from cbq.cli.mistakes import explain
 from cbq.cli.options import conf_dir
+from cbq.cli.resolvers import register
 from cbq.errors import InputError
 from cbq.run_folder import withdraw
+
+register()  # here, so that a launcher's process has them as soon as it unpacks its job
 
 USAGE = """cbq: cross-block quantization of large language models
 
@@ -32,8 +32,6 @@ Commands:
               (cbq quantize --help lists the option groups, cbq quantize --cfg job every option)
   report      the table and the plot of a sweep: cbq report multirun/table3c
 """
-
-MAX_FOLDER_BYTES = 200
 
 
 def main() -> None:
@@ -54,8 +52,6 @@ def main() -> None:
     codes: list[int] = []
     jobs = Jobs()
     application = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=chosen.config_name)
-    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
     try:
         application(lambda config: codes.append(run_job(chosen, config, jobs)))()
     except KeyboardInterrupt:
@@ -85,39 +81,6 @@ class Jobs:
 
     started: bool = False
     failed: list[int] = field(default_factory=list)
-
-
-def folder_name(dirname: str) -> str:
-    """Return a name for one folder from a sweep job's overrides: no path in it, and not too long for a disk.
-
-    Example:
-        >>> folder_name("quant=w4a4,calibration.path=../a.txt")
-        'quant=w4a4,calibration.path=.._a.txt'
-    """
-    name = dirname.replace("/", "_").replace(chr(92), "_")
-    if len(name.encode()) <= MAX_FOLDER_BYTES:
-        return name
-    digest = hashlib.sha256(dirname.encode()).hexdigest()[:12]
-    return name.encode()[: MAX_FOLDER_BYTES - 13].decode(errors="ignore") + "-" + digest
-
-
-def sweep_folder(overrides: Sequence[str], dated: str) -> str:
-    """Return where a sweep's jobs are: one folder a table, so that finished cells are found again, else a new one.
-
-    Args:
-        overrides: the command line of a sweep, or those of one of its jobs.
-        dated: the folder of a sweep without experiments.
-
-    Example:
-        >>> sweep_folder(["experiment=glob(table3c_*)", "model=pico"], "2024-01-01")
-        'table3c'
-        >>> sweep_folder(["experiment=table3c_w2_o1", "model=pico"], "2024-01-01")
-        'table3c'
-        >>> sweep_folder(["quant=w4a4,w2a16"], "2024-01-01")
-        '2024-01-01'
-    """
-    found = [re.match(r"experiment=(?:glob\()?([A-Za-z0-9]+)", override) for override in overrides]
-    return next((match[1] for match in found if match), dated)
 
 
 def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:

@@ -106,12 +106,18 @@ def load_pretrained(
     check_flag("model.trust_remote_code", trust_remote_code)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _load_folder(folder, name or folder.resolve().name, dtype, trust_remote_code, prompt)
+        return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
     if _looks_local(path):
         raise InputError(f"model path {path!r} is not a folder; give a folder or a hub id such as huggyllama/llama-7b")
     patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else HUB_PATTERNS
     folder = fetch_snapshot(path, patterns, is_complete=lambda cached: _find_defect(cached) is None, revision=revision)
-    return _load_folder(folder, name or path, dtype, trust_remote_code, prompt)
+    return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
+
+
+def results_name(path: str, name: str | None = None) -> str:
+    """Return how results call a model: by its name, its folder's name or its hub id."""
+    folder = Path(path).expanduser()
+    return name or (folder.resolve().name if folder.is_dir() else path)
 
 
 def _looks_local(path: str) -> bool:

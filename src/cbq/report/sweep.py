@@ -139,7 +139,13 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
         }
         if numbers := tuple(sorted(number for number in found if number is not None)):
             full_precision[model, corpus] = Value(numbers, total=len(numbers))
-    schemes = {row: next(iter(by_model.values()))[0]["scheme"] for row, by_model in grouped.items()}
+    schemes = {
+        row: run["scheme"]
+        for row, by_model in grouped.items()
+        for each in by_model.values()
+        for run in each
+        if run["status"] == "finished"
+    }
     return SweepTable(labels, columns, rows, full_precision, len({run["seed"] for run in runs}), schemes)
 
 

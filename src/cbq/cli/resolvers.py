@@ -1,0 +1,61 @@
+"""What `conf/` computes: `${name:argument}` calls the function of that name."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+from cbq.devices import num_cores, visible_gpus
+
+MAX_FOLDER_BYTES = 200
+
+
+def folder_name(dirname: str) -> str:
+    """Return a name for one folder from a sweep job's overrides: no path in it, and not too long for a disk.
+
+    Example:
+        >>> folder_name("quant=w4a4,calibration.path=../a.txt")
+        'quant=w4a4,calibration.path=.._a.txt'
+    """
+    name = dirname.replace("/", "_").replace(chr(92), "_")
+    if len(name.encode()) <= MAX_FOLDER_BYTES:
+        return name
+    digest = hashlib.sha256(dirname.encode()).hexdigest()[:12]
+    return name.encode()[: MAX_FOLDER_BYTES - 13].decode(errors="ignore") + "-" + digest
+
+
+def sweep_folder(overrides: Sequence[str], dated: str) -> str:
+    """Return where a sweep's jobs are: one folder a table, so that finished cells are found again, else a new one.
+
+    Args:
+        overrides: the command line of a sweep, or those of one of its jobs.
+        dated: the folder of a sweep without experiments.
+
+    Example:
+        >>> sweep_folder(["experiment=glob(table3c_*)", "model=pico"], "2024-01-01")
+        'table3c'
+        >>> sweep_folder(["experiment=table3c_w2_o1", "model=pico"], "2024-01-01")
+        'table3c'
+        >>> sweep_folder(["quant=w4a4,w2a16"], "2024-01-01")
+        '2024-01-01'
+    """
+    found = [re.match(r"experiment=(?:glob\()?([A-Za-z0-9]+)", override) for override in overrides]
+    return next((match[1] for match in found if match), dated)
+
+
+def num_workers() -> int:
+    """Return how many jobs this machine works on at a time: one a GPU, or one a core where there is none."""
+    return len(visible_gpus()) or num_cores()
+
+
+def device_of_job(number: int) -> str:
+    """Return the `CUDA_VISIBLE_DEVICES` of a sweep's job: each takes the next GPU."""
+    gpus = visible_gpus()
+    return gpus[number % len(gpus)] if gpus else ""
+
+
+def register() -> None:
+    """Make the functions known to omegaconf, in this process."""
+    for resolver in (folder_name, sweep_folder, num_workers, device_of_job):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
