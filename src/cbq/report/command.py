@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cbq.errors import InputError
+from cbq.report.paper import CAVEAT
 from cbq.report.pareto import plot
 from cbq.report.render import latex, markdown, page
 from cbq.report.sweep import EXPERIMENT, SweepTable, read_sweep, sweep_table
@@ -71,4 +72,5 @@ def describe(runs: Sequence[dict], table: SweepTable) -> list[str]:
         f"Perplexity, lower is better: {seeds}; the best of a column and scheme in bold. Seconds are reconstruction's, "
         "GiB the peak.",
         f"Commit {', '.join(commits)}; {', '.join(devices)}.",
+        *([CAVEAT] if table.paper else []),
     ]

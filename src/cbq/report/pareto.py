@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cbq.report.sweep import SECONDS, SweepTable
+from cbq.report.columns import SECONDS
+from cbq.report.sweep import SweepTable
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from cbq.report.sweep import EXPERIMENT, SECONDS, SweepTable
-
-FULL_PRECISION = "full precision"
+from cbq.report.columns import SECONDS
+from cbq.report.paper import FULL_PRECISION
+from cbq.report.sweep import EXPERIMENT, SweepTable
 
 
 def grid(
     table: SweepTable, bold: Callable[[str], str], escape: Callable[[str], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows as text.
+    """Return headings and rows as text; a column that the paper has too is followed by the paper's.
 
     Args:
         table: what to show.
@@ -22,20 +22,38 @@ def grid(
     """
     one_table = {row[0].partition("_")[0] for row in table.rows} if EXPERIMENT in table.labels else set()
     prefix = f"{one_table.pop()}_" if len(one_table) == 1 else ""
-    headings = [*table.labels, *(" ".join(column) for column in table.columns)]
+    headings = [*table.labels]
+    for column in table.columns:
+        headings += [" ".join(column), *([f"{' '.join(column)}, paper"] if column in table.paper else [])]
     best = {column: table.best(column) for column in table.columns}
     rows = []
     if table.full_precision:
-        found = [table.full_precision.get(column) for column in table.columns]
-        labels = [FULL_PRECISION, *[""] * (len(table.labels) - 1)] if table.labels else []
-        rows.append([*map(escape, labels), *(escape(value.format()) if value else "" for value in found)])
+        labels = [FULL_PRECISION.replace("_", " "), *[""] * (len(table.labels) - 1)] if table.labels else []
+        cells = [*map(escape, labels)]
+        for column in table.columns:
+            value = table.full_precision.get(column)
+            cells += [escape(value.format()) if value else "", *paper_cell(table, (FULL_PRECISION,), column)]
+        rows.append(cells)
     for row, values in table.rows.items():
         cells = [escape(row[0].removeprefix(prefix)), *map(escape, row[1:])] if row else []
         for column in table.columns:
-            text = escape(values[column].format(0 if column[1] == SECONDS else 2))
-            cells.append(bold(text) if row in best[column] else text)
+            text = escape(values[column].format(digits(column)))
+            cells += [bold(text) if row in best[column] else text, *paper_cell(table, row, column)]
         rows.append(cells)
     return list(map(escape, headings)), rows
+
+
+def paper_cell(table: SweepTable, row: tuple[str, ...], column: tuple[str, str]) -> list[str]:
+    """Return the paper's cell beside one of ours: none where the column has no figure of the paper's."""
+    if column not in table.paper:
+        return []
+    figure = table.paper[column].get(row)
+    return ["" if figure is None else f"{figure:.{digits(column)}f}"]
+
+
+def digits(column: tuple[str, str]) -> int:
+    """Return how many digits after the point a column's numbers have."""
+    return 0 if column[1] == SECONDS else 2
 
 
 def markdown(table: SweepTable) -> str:
@@ -49,7 +67,9 @@ def latex(table: SweepTable) -> str:
     """Return a `tabular` for the package booktabs."""
     headings, rows = grid(table, lambda text: rf"\textbf{{{text}}}", escape_latex)
     style = pd.DataFrame(rows, columns=pd.Index(headings)).style.hide(axis="index")
-    return style.to_latex(hrules=True, column_format="l" * len(table.labels) + "r" * len(table.columns))
+    return style.to_latex(
+        hrules=True, column_format="l" * len(table.labels) + "r" * (len(headings) - len(table.labels))
+    )
 
 
 def escape_latex(text: str) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import mean
 
 from cbq.errors import InputError
+from cbq.report.columns import COSTS, MEMORY, SECONDS
+from cbq.report.paper import FULL_PRECISION, comparable, figure, place
 from cbq.results import RESULTS_NAME, read_results
 
 EXPERIMENT = "experiment"
-SECONDS, MEMORY = "seconds", "GiB"
 FIRST = ("method", "quant")  # what a row is told by before anything else
 # A column of its own, or nothing to a result.
 NOT_A_ROW = (EXPERIMENT, "seed", "model", "tracking", "activations", "debug", "evaluation.batch_size")
@@ -63,7 +64,9 @@ class SweepTable:
         rows: a row's labels -> its values by column.
         full_precision: values by column of the models before quantization.
         seeds: how many there are.
-        schemes: of the rows that have runs: W2A16 is not held against W4A16.
+        schemes: of the rows that have finished runs: W2A16 is not held against W4A16.
+        paper: the paper's figures by column, then by row; `FULL_PRECISION` is a row of its own. A column without one is
+            not there.
     """
 
     labels: list[str]
@@ -72,11 +75,12 @@ class SweepTable:
     full_precision: dict[tuple[str, str], Value] = field(default_factory=dict)
     seeds: int = 1
     schemes: dict[tuple[str, ...], str] = field(default_factory=dict)
+    paper: dict[tuple[str, str], dict[tuple[str, ...], float]] = field(default_factory=dict)
 
     @property
     def corpora(self) -> set[str]:
         """What perplexity is measured on."""
-        return {what for _, what in self.columns} - {SECONDS, MEMORY}
+        return {what for _, what in self.columns} - COSTS
 
     def best(self, column: tuple[str, str]) -> set[tuple[str, ...]]:
         """Return the rows whose mean is the smallest of a column, among two or more of one scheme."""
@@ -130,6 +134,8 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
         if name not in present:
             row = (name, *["-"] * (len(labels) - 1))
             rows[row] = {column: Value(text=MISSING) for column in columns}
+    if labels[:1] == [EXPERIMENT]:
+        rows = dict(sorted(rows.items(), key=lambda item: place(item[0][0])))
     full_precision = {}
     for model, corpus in columns:
         found = {
@@ -146,7 +152,20 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
         for run in each
         if run["status"] == "finished"
     }
-    return SweepTable(labels, columns, rows, full_precision, len({run["seed"] for run in runs}), schemes)
+    seeds = len({run["seed"] for run in runs})
+    return SweepTable(labels, columns, rows, full_precision, seeds, schemes, paper_columns(runs, columns, rows))
+
+
+def paper_columns(
+    runs: Sequence[dict], columns: Sequence[tuple[str, str]], rows: Iterable[tuple[str, ...]]
+) -> dict[tuple[str, str], dict[tuple[str, ...], float]]:
+    """Return the paper's figures of the columns that measure what it did, as far as it has any."""
+    found = {}
+    for column in filter(lambda column: comparable(runs, column), columns):
+        figures = {row: figure(row[0], column) for row in [(FULL_PRECISION,), *rows] if row}
+        if any(number is not None for row, number in figures.items() if row != (FULL_PRECISION,)):
+            found[column] = {row: number for row, number in figures.items() if number is not None}
+    return found
 
 
 def telling(runs: Sequence[dict]) -> list[str]:
@@ -192,7 +211,7 @@ def row_values(by_model: dict[str, list[dict]], columns: Sequence[tuple[str, str
     for model, what in columns:
         runs = by_model.get(model, [])
         finished = [run for run in runs if run["status"] == "finished"]
-        measured = [run for run in finished if what in (SECONDS, MEMORY) or what in run["perplexity"]]
+        measured = [run for run in finished if what in COSTS or what in run["perplexity"]]
         numbers = [number for run in measured if (number := value_of(run, what)) is not None]
         states = sorted({STATES.get(run["status"], "") for run in runs} - {""})
         text = "not finite" if measured else ", ".join(states) or ("-" if runs else MISSING)
