@@ -48,6 +48,7 @@ def cbq(tmp_path, monkeypatch, capsys):
         (["quant.weight_bit=3"], "did you mean quant.weight_bits?"),
         (["rouding=lora"], "did you mean rounding?"),
         (["+quant.extra=1"], "extra"),
+        (["evaluation.baselines=none"], "evaluation.baselines must be true or false"),
         (["quant.weight_bits=9"], "quant.weight_bits must be 2 to 8, or 16"),
         (["quant.weight_bits=four"], "quant.weight_bits must be 2 to 8, or 16"),
         (["quant.act_bits=1"], "quant.act_bits must be 2 to 8, or 16"),

@@ -131,6 +131,15 @@ def test_rtn_is_round_to_nearest_of_every_block_linear(tmp_path, short_text):
     assert results["effective_bits"] == pytest.approx(2.0, abs=0.1)
 
 
+def test_without_baselines_the_same_model_in_less_time(tmp_path, short_text):
+    options = ["reconstruction=none", *on_text(short_text)]
+    full = run(tmp_path / "full", *options)
+    alone = run(tmp_path / "alone", *options, "evaluation.baselines=false")
+    jsonschema.validate(alone, json.loads(SCHEMA_PATH.read_text()))
+    assert full["perplexity"]["text"]["quantized"] == alone["perplexity"]["text"]["quantized"]
+    assert alone["perplexity"]["text"]["full_precision"] is alone["perplexity"]["text"]["rtn"] is None
+
+
 def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.epochs=1", "evaluation=none", "cbd.window=8"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -106,11 +106,11 @@ class Runner:
         L.seed_everything(self.seed, verbose=False)
         reset_peak_device_memory(self.device)
         loaded, segments, plan, place = self.prepare()
-        perplexity = {"full_precision": self.evaluate(loaded, "full precision")}
+        perplexity = {"full_precision": self.evaluate_baseline(loaded, "full precision")}
         texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
-            perplexity["rtn"] = self.evaluate(loaded, "round-to-nearest")
+            perplexity["rtn"] = self.evaluate_baseline(loaded, "round-to-nearest")
         self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
@@ -169,6 +169,12 @@ class Runner:
             self.console.print(f"perplexity of {what} on {corpus}: {value:.4g}")
         return perplexity
 
+    def evaluate_baseline(self, loaded: LoadedModel, what: str) -> dict[str, float | None]:
+        """Return the same of what the run is compared with, or None for each corpus where that is not asked for."""
+        if self.evaluation.baselines:
+            return self.evaluate(loaded, what)
+        return {corpus.name: None for corpus in self.evaluation.corpora}
+
     def reconstruct(
         self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window], place: Place
     ) -> list[WindowResult]:
@@ -202,7 +208,12 @@ class Runner:
                 "calibration_tokens": segments.numel(),
             },
         }
-        flat = {f"perplexity/{c}/{state}": value for c, states in by_corpus.items() for state, value in states.items()}
+        flat = {
+            f"perplexity/{corpus}/{state}": value
+            for corpus, states in by_corpus.items()
+            for state, value in states.items()
+            if value is not None
+        }
         self.tracker.finish(flat | {"effective_bits": self.results["effective_bits"]})
         write_results(self.folder.path, self.results)
 

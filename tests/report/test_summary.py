@@ -16,7 +16,8 @@ RESULTS = {
         "embedded": {"full_precision": 5.0, "rtn": 9.0, "quantized": 6.0},
         "wikitext2": {"full_precision": 5.678, "rtn": 12345.6, "quantized": 7.125},
         "worse": {"full_precision": 10.0, "rtn": 12.0, "quantized": 13.0},
-        "broken": {"full_precision": 5.0, "rtn": None, "quantized": 3.2e9},
+        "broken": {"full_precision": 5.0, "rtn": float("inf"), "quantized": 3.2e9},
+        "alone": {"full_precision": None, "rtn": None, "quantized": 6.0},
         "no gap": {"full_precision": 5.0, "rtn": 5.0, "quantized": 5.0},
     },
     "cost": {
@@ -49,6 +50,7 @@ def test_table(tmp_path):
     assert cells(output, "wikitext2") == ["wikitext2", "5.68", "12,346", "7.12", "100.0%"]
     assert cells(output, "worse") == ["worse", "10.00", "12.00", "13.00", "-50.0%"]
     assert cells(output, "broken") == ["broken", "5.00", "not finite", "3.20e+09", "-"]
+    assert cells(output, "alone") == ["alone", "-", "-", "6.00", "-"]
     assert cells(output, "no gap") == ["no gap", "5.00", "5.00", "5.00", "-"]
 
 

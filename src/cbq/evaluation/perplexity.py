@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from cbq.data.calibration import check_segment_tokens, check_token_ids
 from cbq.data.corpora import CORPORA, Corpus, TextFile, Tokenizer, check_count
-from cbq.errors import InputError, check_text
+from cbq.errors import InputError, check_flag, check_text
 
 
 class PerplexityEvaluation:
@@ -26,6 +26,7 @@ class PerplexityEvaluation:
         text_path: str | None = None,
         data_dir: str | None = None,
         batch_size: int = 8,
+        baselines: bool = True,
     ) -> None:
         """Say what to evaluate on; nothing is read yet.
 
@@ -35,10 +36,12 @@ class PerplexityEvaluation:
             text_path: a text file that replaces the corpora by one called `text`.
             data_dir: the local folder of the corpora's files; None: the hub.
             batch_size: the segments that go through the model at once; says nothing about the result.
+            baselines: measure full precision and round-to-nearest too: the same for every cell of an ablation.
 
         Raises:
-            InputError: an unknown corpus, or a `batch_size` below 1.
+            InputError: an unknown corpus, a `batch_size` below 1, or `baselines` is no flag.
         """
+        check_flag("evaluation.baselines", baselines)
         check_count("evaluation.batch_size", batch_size)
         check_text("evaluation.text_path", text_path, optional=True)
         check_text("evaluation.data_dir", data_dir, optional=True)
@@ -52,6 +55,7 @@ class PerplexityEvaluation:
         self.corpora = chosen if text_path is None else [TextFile(text_path)]
         self.segment_tokens = segment_tokens
         self.batch_size = batch_size
+        self.baselines = baselines
         self.segments: dict[str, LongTensor] | None = None
 
     def prepare(self, tokenizer: Tokenizer, vocab_size: int, context: int) -> dict[str, LongTensor]:

@@ -19,7 +19,7 @@ def gap_closed(full_precision: float | None, rtn: float | None, quantized: float
     """Return the share of round-to-nearest's loss of quality that a method wins back.
 
     Args:
-        full_precision: Perplexity of the model before quantization; None is one that is not finite.
+        full_precision: Perplexity of the model before quantization; None is one that was not measured.
         rtn: Perplexity after round-to-nearest.
         quantized: Perplexity after the method.
 
@@ -44,7 +44,7 @@ def print_summary(console: Console, results: dict, texts: dict[str, str], folder
 
     Args:
         console: Where to print; readable from 80 columns on.
-        results: The content of `results.json`.
+        results: The content of `results.json`, but numbers that are not finite as they are.
         texts: Title -> generated text, printed in this order and literally.
         folder: The run folder. What is not there is not listed.
     """
@@ -78,7 +78,9 @@ def _perplexity_table(results: dict) -> Table:
 
 
 def _format_perplexity(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
         return "not finite"
     if value < 1_000:
         return f"{value:.2f}"

@@ -13,7 +13,16 @@ from cbq.results import RESULTS_NAME, read_results
 EXPERIMENT = "experiment"
 FIRST = ("method", "quant")  # what a row is told by before anything else
 # A column of its own, or nothing to a result.
-NOT_A_ROW = (EXPERIMENT, "seed", "model", "tracking", "activations", "debug", "evaluation.batch_size")
+NOT_A_ROW = (
+    EXPERIMENT,
+    "seed",
+    "model",
+    "tracking",
+    "activations",
+    "debug",
+    "evaluation.batch_size",
+    "evaluation.baselines",
+)
 STATES = {"failed": "failed", "running": "unfinished"}
 MISSING = "missing"
 
