@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cbq.models.families import find_family
 from cbq.streams.kinds import Stream
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -29,8 +30,8 @@ class BlockCall:
     kwargs: dict
 
 
-def capture_block_calls(model: nn.Module, blocks: nn.ModuleList, segment: torch.Tensor) -> list[BlockCall]:
-    """Return each block's call in a forward pass of one `segment`, (1, T) token ids."""
+def capture_block_calls(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> list[BlockCall]:
+    """Return each block's call in a forward pass of some `segments`, (B, T) token ids."""
     calls: list[BlockCall] = []
 
     def remember(block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -40,7 +41,7 @@ def capture_block_calls(model: nn.Module, blocks: nn.ModuleList, segment: torch.
     hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
     try:
         with torch.no_grad():
-            model(input_ids=segment, use_cache=False)
+            model(input_ids=segments, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -109,7 +110,14 @@ class ActivationCache:
         self.blocks = blocks
         self.batch_size = batch_size
         self.place = place
-        self.calls = capture_block_calls(model, blocks, segments[:1])
+        self.calls_by_batch = find_family(model.config).calls_by_batch
+        self.model = model
+        self.segment = segments[:1]
+        self.calls: dict[int, list[BlockCall]] = {}
+        # Now, before anyone listens to what passes through the blocks.
+        for part in self.parts(len(segments)) if self.calls_by_batch else []:
+            self.calls_of(part.stop - part.start)
+        self.calls_of(1)
         self.full_precision = self._first_stream(model, segments)
         self.quantized: Stream | None = self.full_precision  # until one of them moves on
         self.full_precision_at = 0
@@ -133,9 +141,17 @@ class ActivationCache:
         starts = range(0, num_segments, self.batch_size)
         return [slice(start, min(start + self.batch_size, num_segments)) for start in starts]
 
+    def calls_of(self, num_segments: int) -> list[BlockCall]:
+        """Return what the model passes to each block for so many segments."""
+        if num_segments not in self.calls:
+            segments = self.segment.expand(num_segments, -1)
+            self.calls[num_segments] = capture_block_calls(self.model, self.blocks, segments)
+        return self.calls[num_segments]
+
     def run_blocks(self, start: int, stop: int, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output (B, T, D) of blocks start to stop - 1 for the input `hidden` (B, T, D)."""
-        for block, call in zip(self.blocks[start:stop], self.calls[start:stop], strict=True):
+        calls = self.calls_of(len(hidden) if self.calls_by_batch else 1)
+        for block, call in zip(self.blocks[start:stop], calls[start:stop], strict=True):
             output = block(hidden, *call.args, **call.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden

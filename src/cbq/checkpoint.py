@@ -22,6 +22,7 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.models.attention import hook_attention_
+from cbq.models.linears import to_linears_, to_stored
 from cbq.models.loading import (
     LoadedModel,
     PreTrainedModel,
@@ -69,7 +70,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         if not name.startswith(inside) and ".act_quantizer." not in name and ".qkv_quantizer." not in name
     }
     with quiet_transformers():
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=to_stored(model.config, state, list(schemes)))
         tokenizer.save_pretrained(folder)
     file = folder / QUANTIZED_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
     except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"damaged checkpoint, {file} cannot be read: {error}") from None
     loaded = load_pretrained(str(folder), dtype=dtype)
+    to_linears_(loaded.model)
     for name, scheme in schemes.items():
         try:
             loaded.model.set_submodule(name, load_linear(loaded.model.get_submodule(name), scheme, name, tensors))

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from cbq.models.attention import hook_attention_
+from cbq.models.attention import check_attention, hook_attention_
+from cbq.models.linears import to_linears_
 from cbq.models.loading import PreTrainedModel
 from cbq.quant.attention import quantize_qkv_
 from cbq.quant.linear import quantize_linears_
@@ -18,8 +19,11 @@ def make_quantizable_(model: PreTrainedModel, blocks: nn.ModuleList, scheme: Qua
         scheme: what to quantize to how many bits.
 
     Raises:
-        InputError: the scheme does not fit the model, which is then unchanged.
+        InputError: the scheme does not fit the model, which then computes what it did.
     """
+    if scheme.quantizes_qkv:
+        check_attention(model)
+    to_linears_(model)
     quantize_linears_(blocks, scheme)
     if scheme.quantizes_qkv:
         quantize_qkv_(hook_attention_(model), scheme)

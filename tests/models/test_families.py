@@ -1,11 +1,35 @@
+"""Every family on a small model: what is claimed, replayed, scaled, quantized, saved and loaded again."""
+
+import copy
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from tiny_models import TINY, add_outliers_, tiny_model, token_ids
 from torch import nn
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+import cbq
+from cbq.activations import ActivationCache
+from cbq.checkpoint import load_checkpoint, save_checkpoint
 from cbq.errors import InputError
-from cbq.models.families import FAMILIES, find_family, get_blocks
+from cbq.models.equivalent import scale_channels_
+from cbq.models.families import FAMILIES, find_family, get_blocks, scaling_pairs
+from cbq.models.linears import to_linears_
+from cbq.preprocess.cfp import CoarseToFine
+from cbq.quant.linear import QuantLinear
+from cbq.quant.rounding import DenseSTE
+from cbq.quant.scheme import QuantScheme
+from cbq.quantized import make_quantizable_
+
+EVERY = pytest.mark.parametrize("name", TINY)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of token ids (N, T), (N, T, V)."""
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
 
 
 def test_blocks_are_the_decoder_layers_in_order(tiny_llama_folder: Path) -> None:
@@ -15,15 +39,95 @@ def test_blocks_are_the_decoder_layers_in_order(tiny_llama_folder: Path) -> None
     assert [block.self_attn.layer_idx for block in blocks] == [0, 1, 2, 3]
 
 
-def test_find_family_by_model_type() -> None:
-    assert find_family(LlamaConfig()) is FAMILIES[0]
-
-
 def test_unsupported_architecture_names_the_supported_ones() -> None:
-    with pytest.raises(InputError, match=r"'gpt2' is not supported; supported: llama"):
-        find_family(GPT2Config())
+    with pytest.raises(InputError, match=r"'mamba' is not supported; supported: llama, mistral"):
+        find_family(transformers.MambaConfig())
 
 
-def test_no_model_type_is_in_two_rows() -> None:
+def test_no_model_type_is_in_two_rows_and_every_one_is_tested() -> None:
     types = [model_type for family in FAMILIES for model_type in family.model_types]
     assert len(types) == len(set(types))
+    assert {name.partition("-")[0] for name in TINY} == set(types)
+
+
+@EVERY
+def test_every_matrix_of_a_block_is_a_linear_of_a_scheme(name: str) -> None:
+    model = tiny_model(name)
+    ids = token_ids()
+    expected = logits(model, ids)
+    matrices = [[name for name, tensor in block.named_parameters() if tensor.dim() > 1] for block in get_blocks(model)]
+    make_quantizable_(model, get_blocks(model), QuantScheme(4, 4))
+    for block, names in zip(get_blocks(model), matrices, strict=True):
+        linears = [name for name, module in block.named_modules() if isinstance(module, QuantLinear)]
+        assert sorted(f"{linear}.weight" for linear in linears) == sorted(names)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_replayed_blocks_are_the_plain_forward(name: str) -> None:
+    """In batches of other sizes than the one that was captured."""
+    model = tiny_model(name)
+    ids, blocks = token_ids(num_segments=5), get_blocks(model)
+    seen: dict[int, torch.Tensor] = {}
+    hooks = [
+        block.register_forward_hook(
+            lambda block, args, output, index=index: seen.update(
+                {index: output[0] if isinstance(output, tuple) else output}
+            )
+        )
+        for index, block in enumerate(blocks)
+    ]
+    logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    cache = ActivationCache(model, blocks, ids, batch_size=2)
+    for index in range(len(blocks)):
+        stream = cache.advance_full_precision(index + 1)
+        torch.testing.assert_close(stream[:], seen[index], rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_scaling_keeps_the_function_and_reaches_every_claimed_channel(name: str) -> None:
+    model = tiny_model(name)
+    ids = token_ids()
+    expected = logits(model, ids)
+    scaled = copy.deepcopy(model)
+    to_linears_(scaled)
+    generator = torch.Generator().manual_seed(3)
+    pairs = scaling_pairs(model.config)
+    assert pairs
+    for block in get_blocks(scaled):
+        for pair in pairs:
+            weight = block.get_submodule(pair.producer).weight
+            before = {consumer: block.get_submodule(consumer).weight.clone() for consumer in pair.consumers}
+            channels = len(weight) if pair.rows is None else len(pair.rows)
+            scale_channels_(pair, block, torch.rand(channels, generator=generator) * 3 + 0.3)
+            for consumer, old in before.items():
+                assert ((block.get_submodule(consumer).weight - old).abs().amax(0) > 0).all()
+    torch.testing.assert_close(logits(scaled, ids), expected, rtol=2e-3, atol=2e-3)
+
+
+@EVERY
+@pytest.mark.parametrize("scheme", ["w4a4", "w2a16"])
+def test_cbq_from_end_to_end(name: str, scheme: str, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """Preprocessed, learned, saved, and loaded again by us and by plain transformers."""
+    model = tiny_model(name)
+    to_linears_(model)
+    add_outliers_(model, factor=8.0)
+    ids = token_ids()
+    quantized, windows = cbq.quantize(
+        model, ids, scheme, rounding=DenseSTE, preprocess=CoarseToFine(True, True), epochs=4, progress=False
+    )
+    assert all(window.guard is None for window in windows)
+    assert sum(window.rec_loss_last for window in windows) < sum(window.rec_loss_rtn for window in windows)
+    after = logits(quantized, ids)
+    assert after.isfinite().all()
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(quantized, AutoTokenizer.from_pretrained(tiny_llama_folder), folder)
+    assert torch.equal(logits(load_checkpoint(folder).model, ids), after)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if scheme == "w2a16":  # activations are not quantized there
+        assert torch.equal(logits(plain, ids), after)
+    to_linears_(plain)
+    ours = quantized.state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in plain.state_dict().items())

@@ -175,7 +175,7 @@ class WithBias(nn.Module):
         return torch.cat([self.first(x), self.second(x)], -1)
 
 
-PAIR = ScalingPair("norm", ("first", "second"))
+PAIR = ScalingPair("norm", ("first", "second"), head_dim=4)
 
 
 def test_shifting_keeps_the_function() -> None:
@@ -199,7 +199,7 @@ def test_os_plus_shifts_where_there_are_biases(shift) -> None:
     inputs = block.norm(x)
     low, high = inputs.amin(0), inputs.amax(0)
     statistics = {name: InputStatistics(low, high, inputs.abs().mean(0), inputs.clone()) for name in PAIR.consumers}
-    OutlierSuppressionPlus(shift=shift).scale_(Channels(PAIR, block, statistics, head_dim=4))
+    OutlierSuppressionPlus(shift=shift).scale_(Channels(PAIR, block, statistics))
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
     after = block.norm(x)
     off_center = ((after.amax(0) + after.amin(0)) / (after.amax(0) - after.amin(0))).abs()

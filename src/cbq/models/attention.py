@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cbq.errors import InputError
 from cbq.models.families import find_family, get_blocks
 
 IMPLEMENTATION = "cbq_sdpa"
@@ -29,11 +30,23 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention does not call transformers' attention interface.
+
+    Raises:
+        InputError: it does not.
+    """
+    if find_family(model.config).attention is None:
+        raise InputError(
+            f"quant.qkv_bits must be 16 for model type {model.config.model_type!r}: its attention is its own"
+        )
+
+
 def hook_attention_(model: PreTrainedModel) -> list[nn.Module]:
     """Make every attention module of the blocks pass its inputs through its `qkv_quantizer`, once it has one.
 
     Args:
-        model: a model of one of the families. Its attention becomes PyTorch's scaled dot product, whichever it was.
+        model: one that `check_attention` takes. Its attention becomes PyTorch's scaled dot product, whichever it was.
 
     Returns:
         the attention module of each block.

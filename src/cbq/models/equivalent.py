@@ -32,32 +32,45 @@ def channel_of_input(num_channels: int, in_features: int, head_dim: int) -> torc
     return heads.expand(-1, in_features // num_channels, -1).flatten()
 
 
-def producer_maxima(pair: ScalingPair, block: nn.Module, input_maxima: torch.Tensor, head_dim: int) -> torch.Tensor:
+def producer_maxima(pair: ScalingPair, block: nn.Module, input_maxima: torch.Tensor) -> torch.Tensor:
     """Return the largest |x| of each channel of the pair's producer, (C,).
 
     Args:
         pair: which modules.
         block: has them.
         input_maxima: the largest |x| of each input feature of its consumers, (I,).
-        head_dim: channels of a head.
     """
-    num_channels = block.get_submodule(pair.producer).weight.shape[0]
-    channels = channel_of_input(num_channels, len(input_maxima), head_dim).to(input_maxima.device)
+    num_rows = len(block.get_submodule(pair.producer).weight)
+    num_channels = num_rows if pair.rows is None else len(pair.rows)
+    channels = channel_of_input(num_channels, len(input_maxima), pair.head_dim).to(input_maxima.device)
     return input_maxima.new_zeros(num_channels).scatter_reduce(0, channels, input_maxima, "amax")
 
 
-def scale_rows(rows: torch.Tensor, channel_scale: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a producer's parameter, (C,) or (C, any), divided by `channel_scale` (C,)."""
-    return rows / channel_scale.view(-1, *[1] * (rows.dim() - 1))
+def scale_rows(pair: ScalingPair, rows: torch.Tensor, channel_scale: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """Return a producer's parameter with the rows that are channels divided by their scale.
+
+    Args:
+        pair: which rows are.
+        rows: (R,) or (R, any).
+        channel_scale: (C,).
+        offset: what is added to the parameter before it is used.
+    """
+    if pair.rows is not None:
+        index = pair.rows.to(channel_scale.device)
+        channel_scale = channel_scale.new_ones(len(rows)).index_copy(0, index, channel_scale)
+    return (rows + offset) / channel_scale.view(-1, *[1] * (rows.dim() - 1)) - offset
 
 
-def scale_columns(columns: torch.Tensor, channel_scale: torch.Tensor, in_features: int, head_dim: int) -> torch.Tensor:
-    """Return the columns of a consumer's parameter, (any, I) or (any, 1), times `channel_scale` (C,)."""
-    return columns * channel_scale[channel_of_input(len(channel_scale), in_features, head_dim).to(channel_scale.device)]
+def scale_columns(
+    pair: ScalingPair, columns: torch.Tensor, channel_scale: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """Return the columns of a consumer's parameter, (any, I) or (any, 1), times their channel's scale, of (C,)."""
+    channels = channel_of_input(len(channel_scale), in_features, pair.head_dim)
+    return columns * channel_scale[channels.to(channel_scale.device)]
 
 
 @torch.no_grad()
-def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Tensor, head_dim: int) -> None:
+def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Tensor) -> None:
     """Divide the producer's output channels by `channel_scale` (C,) and multiply its consumers' input features by it.
 
     The block computes the same, but for the rounding of its weights' dtype.
@@ -66,21 +79,19 @@ def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Te
         pair: which modules.
         block: has them.
         channel_scale: positive.
-        head_dim: channels of a head.
     """
-    producer = block.get_submodule(pair.producer)
-    for parameter in producer.parameters(recurse=False):
-        parameter.copy_(scale_rows(parameter, channel_scale))
+    for parameter in block.get_submodule(pair.producer).parameters(recurse=False):
+        parameter.copy_(scale_rows(pair, parameter, channel_scale, pair.gain_offset))
     for name in pair.consumers:
         weight = block.get_submodule(name).weight
-        weight.copy_(scale_columns(weight, channel_scale, weight.shape[1], head_dim))
+        weight.copy_(scale_columns(pair, weight, channel_scale, weight.shape[1]))
 
 
 @torch.no_grad()
 def shift_channels_(pair: ScalingPair, block: nn.Module, shift: torch.Tensor) -> None:
     """Subtract `shift` (C,) from the producer's output channels; its consumers' biases take what is missing.
 
-    The block computes the same, but for rounding. Producer and consumers must have biases and the same channels.
+    The block computes the same, but for rounding. The producer is a norm; it and its consumers must have biases.
 
     Args:
         pair: which modules.

@@ -25,7 +25,7 @@ from transformers import (
 
 from cbq.errors import InputError, check_flag, check_text
 from cbq.hub import fetch_snapshot, first_line
-from cbq.models.families import find_family, get_blocks, supported_types
+from cbq.models.families import context, find_family, get_blocks, supported_types
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = "model.safetensors"
@@ -167,7 +167,7 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
                 f"tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} ids"
             )
         model = _read_model(folder, config, dtype, trust_remote_code)
-    return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, config.max_position_embeddings, prompt)
+    return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(config), prompt)
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ from torch import nn
 
 from cbq.errors import InputError, check_number, check_seed
 from cbq.models.equivalent import producer_maxima, scale_channels_
-from cbq.models.families import find_family, head_dim
+from cbq.models.families import scaling_pairs
 from cbq.models.loading import LoadedModel, embedded_folder, load_embedded
 
 SAMPLE_CHARACTERS = 8000  # of the calibration text, to see which channels are rarely large
@@ -52,15 +52,14 @@ def load_with_outliers(
     text = (embedded_folder(name) / "calibration.txt").read_text(encoding="utf-8")[:SAMPLE_CHARACTERS]
     ids = loaded.tokenizer(text, truncation=True, max_length=loaded.context, return_tensors="pt").input_ids
     peakedness = input_peakedness(loaded, ids)
-    config = loaded.model.config
     for block in loaded.blocks:
-        for pair in find_family(config).scaling_pairs:
+        for pair in scaling_pairs(loaded.model.config):
             consumer = block.get_submodule(pair.consumers[0])
-            peaks = producer_maxima(pair, block, peakedness[consumer], head_dim(config))
+            peaks = producer_maxima(pair, block, peakedness[consumer])
             channels = torch.randperm(len(peaks), generator=generator)[:num_channels]
             scale = torch.ones_like(peaks)
             scale[torch.cat([channels, peaks.topk(min(num_spikes, len(peaks))).indices])] = 1 / factor
-            scale_channels_(pair, block, scale, head_dim(config))
+            scale_channels_(pair, block, scale)
     return loaded
 
 

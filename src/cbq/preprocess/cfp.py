@@ -10,7 +10,7 @@ from torch import nn
 
 from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
-from cbq.models.families import ScalingPair, find_family, head_dim
+from cbq.models.families import ScalingPair, scaling_pairs
 from cbq.preprocess.outliers import RESERVED, largest_reserved
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
@@ -138,14 +138,14 @@ class CoarseToFine:
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
         """
-        pairs = find_family(model.config).scaling_pairs if self.activations else ()
+        pairs = scaling_pairs(model.config) if self.activations else ()
         statistics = input_statistics(model, blocks, segments, place) if pairs else ({} for _ in blocks)
         for block, ranges in zip(blocks, statistics, strict=True):
             linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
             # Before activations are scaled: that makes columns of weights larger on purpose.
             limits = {name: self.weight_limits(linear) for name, linear in linears.items()}
             for pair in pairs:
-                self.scale_activations_(pair, block, ranges, limits, head_dim(model.config))
+                self.scale_activations_(pair, block, ranges, limits)
             for name, linear in linears.items():
                 if linear.weight_quantizer is not None:
                     linear.weight_quantizer.set_range_(linear.weight.float().clamp(-limits[name], limits[name]))
@@ -167,14 +167,13 @@ class CoarseToFine:
         block: nn.Module,
         ranges: dict[str, InputStatistics],
         limits: dict[str, torch.Tensor],
-        head_dim: int,
     ) -> None:
         """Scale the channels between a producer and its consumers, and the weights' limits with the weights."""
-        channels = producer_maxima(pair, block, ranges[pair.consumers[0]].maxima, head_dim)
+        channels = producer_maxima(pair, block, ranges[pair.consumers[0]].maxima)
         reserved = largest_reserved(channels[None], self.lambda1, self.lambda2, self.reserved).squeeze(0)
         scale = self.channel_scale(channels, reserved)
-        scale_channels_(pair, block, scale, head_dim)
+        scale_channels_(pair, block, scale)
         if pair.producer in limits:
-            limits[pair.producer] = scale_rows(limits[pair.producer], scale)
+            limits[pair.producer] = scale_rows(pair, limits[pair.producer], scale)
         for name in pair.consumers:
-            limits[name] = scale_columns(limits[name], scale, block.get_submodule(name).in_features, head_dim)
+            limits[name] = scale_columns(pair, limits[name], scale, block.get_submodule(name).in_features)

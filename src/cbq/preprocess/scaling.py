@@ -20,7 +20,7 @@ from cbq.models.equivalent import (
     scale_channels_,
     shift_channels_,
 )
-from cbq.models.families import ScalingPair, find_family, head_dim
+from cbq.models.families import ScalingPair, scaling_pairs
 from cbq.preprocess.clipping import clip_for_outputs
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
@@ -50,12 +50,13 @@ class ChannelScaling(ABC):
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
         """
+        pairs = scaling_pairs(model.config)
         for block, statistics in zip(
             blocks, input_statistics(model, blocks, segments, place, self.num_samples), strict=True
         ):
-            for pair in find_family(model.config).scaling_pairs:
+            for pair in pairs:
                 if self.takes(block.get_submodule(pair.producer)):
-                    self.scale_(Channels(pair, block, statistics, head_dim(model.config)))
+                    self.scale_(Channels(pair, block, statistics))
             for name, inputs in statistics.items():
                 linear = block.get_submodule(name)
                 if linear.weight_quantizer is not None:
@@ -81,17 +82,14 @@ class Channels:
         pair: which modules.
         block: has them.
         statistics: what the inputs of the block's linears were; samples are scaled with the channels.
-        head_dim: channels of a head.
 
     Attributes:
         inputs: what the consumers' input was.
         maxima: the largest |x| of each channel, (C,).
     """
 
-    def __init__(
-        self, pair: ScalingPair, block: nn.Module, statistics: dict[str, InputStatistics], head_dim: int
-    ) -> None:
-        self.pair, self.block, self.head_dim = pair, block, head_dim
+    def __init__(self, pair: ScalingPair, block: nn.Module, statistics: dict[str, InputStatistics]) -> None:
+        self.pair, self.block = pair, block
         self.all_inputs = [statistics[name] for name in pair.consumers]
         self.inputs = self.all_inputs[0]
         self.producer = block.get_submodule(pair.producer)
@@ -100,7 +98,7 @@ class Channels:
 
     def of_inputs(self, values: torch.Tensor) -> torch.Tensor:
         """Return the largest of non-negative `values` of input features (I,) for each channel, (C,)."""
-        return producer_maxima(self.pair, self.block, values, self.head_dim)
+        return producer_maxima(self.pair, self.block, values)
 
     def weight_maxima(self) -> torch.Tensor:
         """Return the largest |w| that reads each channel, over all consumers, (C,)."""
@@ -109,7 +107,7 @@ class Channels:
 
     def scale_(self, scale: torch.Tensor) -> None:
         """Divide the channels by `scale` (C,) and multiply what reads them by it."""
-        scale_channels_(self.pair, self.block, scale, self.head_dim)
+        scale_channels_(self.pair, self.block, scale)
         for inputs in self.all_inputs:
             inputs.sample = inputs.sample / self.of_features(scale)
 
@@ -122,7 +120,7 @@ class Channels:
 
     def of_features(self, scale: torch.Tensor) -> torch.Tensor:
         """Return the value of each input feature's channel, (I,), for values of channels (C,)."""
-        channels = channel_of_input(len(scale), len(self.inputs.low), self.head_dim)
+        channels = channel_of_input(len(scale), len(self.inputs.low), self.pair.head_dim)
         return scale[channels.to(scale.device)]
 
     def output_error(self, scale: torch.Tensor) -> float:
@@ -183,7 +181,7 @@ class OutlierSuppression(ChannelScaling):
     """
 
     def scale_(self, channels: Channels) -> None:
-        gamma = channels.producer.weight.float()
+        gamma = channels.producer.weight.float() + channels.pair.gain_offset
         channels.scale_(torch.where(gamma == 0, torch.ones_like(gamma), gamma))
 
 

@@ -17,20 +17,22 @@ class LearnedGain(nn.Module):
     """A gain (D,) times what is learned, which starts at 1.
 
     Args:
-        gain: before learning; only its shape and its device count.
+        gain: the norm's weight before learning; only its shape and its device count.
+        offset: the norm multiplies by this plus its weight.
 
     Source: Li et al. (2023), Norm Tweaking, arXiv 2309.02784, which learns the gain itself: as a factor one learning
         rate means the same for every model.
-    Note: a gain of 0 stays 0. A norm that multiplies by 1 + weight would need a factor on that sum.
+    Note: a gain of 0 stays 0.
     """
 
-    def __init__(self, gain: torch.Tensor) -> None:
+    def __init__(self, gain: torch.Tensor, offset: float = 0.0) -> None:
         super().__init__()
+        self.offset = offset
         self.multiplier = nn.Parameter(torch.ones_like(gain, dtype=torch.float32))
 
     def forward(self, gain: torch.Tensor) -> torch.Tensor:
-        """Return the learned gain for the one before learning."""
-        return (gain * self.multiplier).to(gain.dtype)
+        """Return the learned weight for the one before learning."""
+        return ((gain + self.offset) * self.multiplier - self.offset).to(gain.dtype)
 
 
 def norms(blocks: list[nn.Module]) -> list[nn.Module]:
@@ -47,7 +49,7 @@ def norms(blocks: list[nn.Module]) -> list[nn.Module]:
 
 
 @contextmanager
-def learned_gains(blocks: list[nn.Module], wanted: bool) -> Iterator[list[LearnedGain]]:
+def learned_gains(blocks: list[nn.Module], wanted: bool, offset: float = 0.0) -> Iterator[list[LearnedGain]]:
     """Let the gains of the blocks' norms be learned inside; at the end each norm keeps what was learned.
 
     After an error they are what they were.
@@ -55,9 +57,10 @@ def learned_gains(blocks: list[nn.Module], wanted: bool) -> Iterator[list[Learne
     Args:
         blocks: of the window.
         wanted: otherwise there are none.
+        offset: their norms multiply by this plus their weight.
     """
     tuned = norms(blocks) if wanted else []
-    gains = [LearnedGain(norm.weight) for norm in tuned]
+    gains = [LearnedGain(norm.weight, offset) for norm in tuned]
     finished = False
     try:
         for norm, gain in zip(tuned, gains, strict=True):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from cbq.activations import ActivationCache, autocast
 from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
-from cbq.models.families import ScalingPair, find_family, head_dim
+from cbq.models.families import ScalingPair, scaling_pairs
 from cbq.quant.linear import QuantLinear
 from cbq.quant.quantizer import StaticActQuantizer, act_quantizers
 from cbq.quant.state import QuantState, quant_state
@@ -79,20 +79,20 @@ class WindowScaling(nn.Module):
     def __init__(self, window: Window, cache: ActivationCache, options: LearnedScaling, new: set[nn.Module]) -> None:
         super().__init__()
         self.learning_rate = options.learning_rate
-        self.head_dim = head_dim(cache.config)
         self.blocks = tuple(cache.blocks[window.start : window.stop])  # a tuple: the blocks are not part of this module
         self.pairs: list[tuple[nn.Module, ScalingPair, ChannelScale]] = []
         self.channel_scales = nn.ModuleList()
         self.hooks = []
         self.shares: dict[QuantLinear, tuple[torch.Tensor, torch.Tensor]] = {}  # of weights' ranges that are covered
+        pairs = scaling_pairs(cache.config)
         for block, maxima in zip(self.blocks, input_maxima(window, cache), strict=True):
-            for pair in find_family(cache.config).scaling_pairs:
+            for pair in pairs:
                 consumers = [block.get_submodule(name) for name in pair.consumers]
                 if options.weight_only or any(linear.act_quantizer is not None for linear in consumers):
-                    start = smooth_scale(pair, block, maxima[pair.consumers[0]], self.head_dim, options.alpha)
+                    start = smooth_scale(pair, block, maxima[pair.consumers[0]], options.alpha)
                     if not new.issuperset(consumers):
                         start = torch.ones_like(start)
-                    self._attach(block, pair, ChannelScale(start, self.head_dim))
+                    self._attach(block, pair, ChannelScale(start))
 
     def _attach(self, block: nn.Module, pair: ScalingPair, scale: "ChannelScale") -> None:
         """Put a scale to work between a producer and its consumers."""
@@ -106,10 +106,10 @@ class WindowScaling(nn.Module):
                 self.hooks.append(linear.register_forward_pre_hook(self.follow_range))
         for name in ("weight", "bias"):
             if getattr(producer, name, None) is not None:
-                parametrize.register_parametrization(producer, name, DividedRows(scale))
+                parametrize.register_parametrization(producer, name, DividedRows(pair, scale))
         for name in pair.consumers:
             linear = block.get_submodule(name)
-            parametrize.register_parametrization(linear, "weight", MultipliedColumns(scale))
+            parametrize.register_parametrization(linear, "weight", MultipliedColumns(pair, scale))
 
     def follow_range(self, linear: QuantLinear, args: tuple = ()) -> None:
         """Let a linear's grid cover as much of its weight, as it is scaled now, as before."""
@@ -131,7 +131,7 @@ class WindowScaling(nn.Module):
                 for tensor in list(getattr(module, "parametrizations", {})):
                     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
         for block, pair, scale in self.pairs:
-            scale_channels_(pair, block, scale(), self.head_dim)
+            scale_channels_(pair, block, scale())
         for linear in self.shares:
             self.follow_range(linear)
 
@@ -155,12 +155,10 @@ class ChannelScale(nn.Module):
 
     Args:
         start: (C,), positive.
-        head_dim: channels of a head.
     """
 
-    def __init__(self, start: torch.Tensor, head_dim: int) -> None:
+    def __init__(self, start: torch.Tensor) -> None:
         super().__init__()
-        self.head_dim = head_dim
         self.logarithm = nn.Parameter(start.log(), requires_grad=False)
 
     def forward(self) -> torch.Tensor:
@@ -171,31 +169,29 @@ class ChannelScale(nn.Module):
 class DividedRows(nn.Module):
     """A producer's parameter, (C,) or (C, any), divided by its channels' scale."""
 
-    def __init__(self, scale: ChannelScale) -> None:
+    def __init__(self, pair: ScalingPair, scale: ChannelScale) -> None:
         super().__init__()
-        self.scale = scale
+        self.pair, self.scale = pair, scale
 
     def forward(self, parameter: torch.Tensor) -> torch.Tensor:
-        return scale_rows(parameter, self.scale()).to(parameter.dtype)
+        return scale_rows(self.pair, parameter, self.scale(), self.pair.gain_offset).to(parameter.dtype)
 
 
 class MultipliedColumns(nn.Module):
     """A consumer's weight, (O, I), times the scale of the channels it reads."""
 
-    def __init__(self, scale: ChannelScale) -> None:
+    def __init__(self, pair: ScalingPair, scale: ChannelScale) -> None:
         super().__init__()
-        self.scale = scale
+        self.pair, self.scale = pair, scale
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return scale_columns(weight, self.scale(), weight.shape[1], self.scale.head_dim).to(weight.dtype)
+        return scale_columns(self.pair, weight, self.scale(), weight.shape[1]).to(weight.dtype)
 
 
-def smooth_scale(
-    pair: ScalingPair, block: nn.Module, maxima: torch.Tensor, head_dim: int, alpha: float
-) -> torch.Tensor:
+def smooth_scale(pair: ScalingPair, block: nn.Module, maxima: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return SmoothQuant's scale of each channel, (C,), for the largest |x| of each input feature, (I,)."""
     columns = torch.stack([block.get_submodule(name).weight.float().abs().amax(0) for name in pair.consumers]).amax(0)
-    activations, weights = (producer_maxima(pair, block, values, head_dim) for values in (maxima, columns))
+    activations, weights = (producer_maxima(pair, block, values) for values in (maxima, columns))
     scale = activations.clamp_min(SMALLEST_MAXIMUM).pow(alpha) / weights.clamp_min(SMALLEST_MAXIMUM).pow(1 - alpha)
     return scale.clamp_min(SMALLEST_MAXIMUM)
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache
 from cbq.errors import InputError, check_flag, check_number
+from cbq.models.families import find_family
 from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import act_quantizers
@@ -152,7 +153,8 @@ class Reconstruction(WindowSolver):
     def learn_(self, task: Task, callbacks: list[L.Callback]) -> tuple[float, str | None]:
         scaling = self.scaling.start(task.window, task.cache, task.new) if self.scaling else None
         blocks, learns_gains = window_blocks(task.window, task.cache), self.learning_rates.norm > 0
-        with given_back(scaling), learned_gains(blocks, learns_gains) as gains:
+        gain_offset = find_family(task.cache.config).gain_offset
+        with given_back(scaling), learned_gains(blocks, learns_gains, gain_offset) as gains:
             module = WindowModule(
                 task.window,
                 task.cache,
