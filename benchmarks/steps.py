@@ -171,7 +171,7 @@ class WindowSteps:
 
     def run_plain(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the output (1, T, D) of the plain blocks."""
-        for block, call in zip(self.blocks.plain, self.cache.calls, strict=True):
+        for block, call in zip(self.blocks.plain, self.cache.calls_of(1), strict=True):
             output = block(hidden, *call.args, **call.kwargs)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden

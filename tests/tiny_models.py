@@ -59,6 +59,13 @@ TINY: dict[str, tuple[str, dict]] = {
     ),
     "falcon-alibi": ("FalconConfig", FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False}),
     "gpt2": ("GPT2Config", GPT2),
+    "mixtral": ("MixtralConfig", SIZE | {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        SIZE
+        | {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"decoder_sparse_step": 2, "norm_topk_prob": True},
+    ),
 }
 
 
@@ -85,7 +92,7 @@ def tiny_model(name: str, outliers: float = 1.0) -> PreTrainedModel:
 def add_outliers_(model: PreTrainedModel, factor: float) -> None:
     """Make one channel between every producer and its consumers larger; the model computes what it did."""
     for block in get_blocks(model):
-        for pair in scaling_pairs(model.config):
+        for pair in scaling_pairs(model.config, block):
             weight = block.get_submodule(pair.producer).weight
             scale = torch.ones(len(weight) if pair.rows is None else len(pair.rows))
             scale[3] = 1 / factor

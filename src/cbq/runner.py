@@ -19,7 +19,7 @@ from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
-from cbq.preprocess.statistics import set_act_ranges_
+from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
@@ -36,6 +36,7 @@ from cbq.streams.places import Place, StreamPlacement
 from cbq.tracking import Tracker
 
 SCALE_BITS = 16  # what engines store a scale in
+FEW_TOKENS = 0.1  # of an expert's even share
 
 
 class Runner:
@@ -108,6 +109,7 @@ class Runner:
         loaded, segments, plan, place = self.prepare()
         perplexity = {"full_precision": self.evaluate_baseline(loaded, "full precision")}
         texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
+        self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
             perplexity["rtn"] = self.evaluate_baseline(loaded, "round-to-nearest")
@@ -160,6 +162,20 @@ class Runner:
             f"activations on {place.name}"
         )
         return loaded, segments, plan, place
+
+    def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
+        """Record how many calibration tokens each expert is sent, if the model has any; say which learn from few."""
+        counts = expert_tokens(loaded.model, loaded.blocks, segments, place)
+        if counts:
+            self.results["expert_tokens"] = counts
+        for name, tokens in counts.items():
+            few = [index for index, count in enumerate(tokens) if count < FEW_TOKENS * sum(tokens) / len(tokens)]
+            if few:
+                self.console.print(
+                    f"few calibration tokens in {name}: "
+                    + ", ".join(f"expert {index} has {tokens[index]}" for index in few)
+                    + f" of {segments.numel()}"
+                )
 
     def evaluate(self, loaded: LoadedModel, what: str) -> dict[str, float]:
         """Return the perplexity of each corpus in the model's present state."""

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cbq.models.equivalent import channel_of_input, producer_maxima, scale_channels_
-from cbq.models.families import get_blocks, head_dim, scaling_pairs
+from cbq.models.families import get_blocks, scaling_pairs
+from cbq.models.pairs import head_dim
 
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +24,7 @@ def model(tiny_llama_folder: Path):
 def test_logits_stay_and_activations_do_not(model, index: int) -> None:
     expected = model(IDS).logits
     scaled = copy.deepcopy(model)
-    pair = scaling_pairs(model.config)[index]
+    pair = scaling_pairs(model.config, get_blocks(model)[0])[index]
     generator = torch.Generator().manual_seed(1)
     inputs: dict[str, torch.Tensor] = {}
     for name, which in (("before", model), ("after", scaled)):
@@ -43,13 +44,13 @@ def test_logits_stay_and_activations_do_not(model, index: int) -> None:
 
 
 def test_every_linear_of_a_block_reads_a_producer(model) -> None:
-    pairs = scaling_pairs(model.config)
+    pairs = scaling_pairs(model.config, get_blocks(model)[0])
     linears = [name for name, module in get_blocks(model)[0].named_modules() if isinstance(module, torch.nn.Linear)]
     assert sorted(name for pair in pairs for name in pair.consumers) == sorted(linears)
 
 
 def test_maxima_of_a_shared_value_head_are_the_largest_of_its_readers(model) -> None:
-    pair = scaling_pairs(model.config)[1]
+    pair = scaling_pairs(model.config, get_blocks(model)[0])[1]
     maxima = torch.arange(64.0)  # four heads of 16: the first two read value head 0
     expected = [max(16 + i, i) for i in range(16)] + [max(32 + i, 48 + i) for i in range(16)]
     assert producer_maxima(pair, get_blocks(model)[0], maxima).tolist() == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig
 
 from cbq.errors import InputError
 from cbq.models import loading
@@ -146,8 +146,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of another kind": (lambda folder: (folder / "config.json").write_text("[1]"), "config.json describes no"),
     "unknown model type": (lambda folder: edit_config(folder, model_type="foo"), "supported: llama"),
     "supported by transformers only": (
-        lambda folder: (folder / "config.json").write_text(GPT2Config().to_json_string()),
-        "model type 'gpt2' is not supported; supported: llama",
+        lambda folder: (folder / "config.json").write_text(MambaConfig().to_json_string()),
+        "model type 'mamba' is not supported; supported: llama",
     ),
     "quantized already": (
         lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbq.errors import InputError
 from cbq.models.equivalent import shift_channels_
-from cbq.models.families import ScalingPair, get_blocks
+from cbq.models.families import get_blocks
+from cbq.models.pairs import ScalingPair
 from cbq.preprocess.scaling import (
     ActivationAware,
     Channels,

@@ -54,7 +54,7 @@ def test_a_block_is_learned_as_written_out(make_setup, tiny_llama):
     batches = Batches()
     solver.solve(SlidingWindows(1).plan(4)[0], setup.cache, [batches])
 
-    block, call = copy.deepcopy(tiny_llama.model.layers[0]), setup.cache.calls[0]
+    block, call = copy.deepcopy(tiny_llama.model.layers[0]), setup.cache.calls_of(1)[0]
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     learned = {
         name: [torch.zeros_like(linear.weight), *(torch.ones(linear.out_features, 1) for _ in range(2))]

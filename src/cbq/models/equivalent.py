@@ -6,7 +6,7 @@ Shapes: C channels of a producer, I in_features of a consumer.
 import torch
 from torch import nn
 
-from cbq.models.families import ScalingPair
+from cbq.models.pairs import ScalingPair
 
 
 def channel_of_input(num_channels: int, in_features: int, head_dim: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Te
     """
     for parameter in block.get_submodule(pair.producer).parameters(recurse=False):
         parameter.copy_(scale_rows(pair, parameter, channel_scale, pair.gain_offset))
-    for name in pair.consumers:
+    for name in (*pair.consumers, *pair.others):
         weight = block.get_submodule(name).weight
         weight.copy_(scale_columns(pair, weight, channel_scale, weight.shape[1]))
 

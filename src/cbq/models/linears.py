@@ -8,15 +8,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cbq.models.experts import to_experts_, to_fused
 from cbq.models.families import find_family, get_blocks
 
 
 def to_linears_(model: PreTrainedModel) -> None:
-    """Replace what multiplies by a transposed weight (I, O) in the blocks by an `nn.Linear`: GPT-2's `Conv1D`.
+    """Replace what is no `nn.Linear` in the blocks by such: GPT-2's `Conv1D`, whose weight is (I, O), and experts.
 
     Args:
         model: a model of one of the families. It computes the same.
     """
+    if experts := find_family(model.config).experts:
+        to_experts_(get_blocks(model), experts)
     for parent in list(get_blocks(model).modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Conv1D):
@@ -34,6 +37,7 @@ def to_stored(config: PreTrainedConfig, state: dict[str, torch.Tensor], linears:
         state: by name; of a model after `to_linears_`.
         linears: the names of its blocks' linears.
     """
-    if not find_family(config).stored_transposed:
-        return state
-    return state | {f"{name}.weight": state[f"{name}.weight"].T.contiguous() for name in linears}
+    family = find_family(config)
+    if family.stored_transposed:
+        state = state | {f"{name}.weight": state[f"{name}.weight"].T.contiguous() for name in linears}
+    return to_fused(state, family.experts) if family.experts else state

@@ -53,7 +53,7 @@ def load_with_outliers(
     ids = loaded.tokenizer(text, truncation=True, max_length=loaded.context, return_tensors="pt").input_ids
     peakedness = input_peakedness(loaded, ids)
     for block in loaded.blocks:
-        for pair in scaling_pairs(loaded.model.config):
+        for pair in scaling_pairs(loaded.model.config, block):
             consumer = block.get_submodule(pair.consumers[0])
             peaks = producer_maxima(pair, block, peakedness[consumer])
             channels = torch.randperm(len(peaks), generator=generator)[:num_channels]

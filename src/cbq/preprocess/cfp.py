@@ -10,7 +10,8 @@ from torch import nn
 
 from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
-from cbq.models.families import ScalingPair, scaling_pairs
+from cbq.models.families import scaling_pairs
+from cbq.models.pairs import ScalingPair
 from cbq.preprocess.outliers import RESERVED, largest_reserved
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
@@ -138,13 +139,12 @@ class CoarseToFine:
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
         """
-        pairs = scaling_pairs(model.config) if self.activations else ()
-        statistics = input_statistics(model, blocks, segments, place) if pairs else ({} for _ in blocks)
+        statistics = input_statistics(model, blocks, segments, place) if self.activations else ({} for _ in blocks)
         for block, ranges in zip(blocks, statistics, strict=True):
             linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
             # Before activations are scaled: that makes columns of weights larger on purpose.
             limits = {name: self.weight_limits(linear) for name, linear in linears.items()}
-            for pair in pairs:
+            for pair in scaling_pairs(model.config, block) if self.activations else ():
                 self.scale_activations_(pair, block, ranges, limits)
             for name, linear in linears.items():
                 if linear.weight_quantizer is not None:

@@ -20,7 +20,8 @@ from cbq.models.equivalent import (
     scale_channels_,
     shift_channels_,
 )
-from cbq.models.families import ScalingPair, scaling_pairs
+from cbq.models.families import scaling_pairs
+from cbq.models.pairs import ScalingPair
 from cbq.preprocess.clipping import clip_for_outputs
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
@@ -50,11 +51,10 @@ class ChannelScaling(ABC):
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
         """
-        pairs = scaling_pairs(model.config)
         for block, statistics in zip(
             blocks, input_statistics(model, blocks, segments, place, self.num_samples), strict=True
         ):
-            for pair in pairs:
+            for pair in scaling_pairs(model.config, block):
                 if self.takes(block.get_submodule(pair.producer)):
                     self.scale_(Channels(pair, block, statistics))
             for name, inputs in statistics.items():

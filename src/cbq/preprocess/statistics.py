@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cbq.activations import ActivationCache
+from cbq.models.experts import Experts, counted_tokens, every_token
 from cbq.quant.linear import quant_linears
 from cbq.quant.quantizer import StaticActQuantizer
 from cbq.streams.places import ON_DEVICE, Place
@@ -88,7 +89,8 @@ def input_statistics(
         collectors = {name: _Collector(every) for name in linears}
         hooks = [linear.register_forward_pre_hook(collectors[name]) for name, linear in linears.items()]
         try:
-            cache.advance_full_precision(index + 1)
+            with every_token(blocks):
+                cache.advance_full_precision(index + 1)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -112,3 +114,23 @@ def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Ten
             quantizer = block.get_submodule(name).act_quantizer
             if isinstance(quantizer, StaticActQuantizer):
                 quantizer.set_range_(found.low.amin(), found.high.amax())
+
+
+def expert_tokens(
+    model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE
+) -> dict[str, list[int]]:
+    """Return how many calibration tokens each expert of each mixture of the blocks is sent, by the mixture's name.
+
+    Args:
+        model: the language model, its linears in the full-precision state.
+        blocks: its blocks.
+        segments: calibration token ids, (N, T).
+        place: where the stream is kept meanwhile.
+    """
+    if not any(isinstance(module, Experts) for module in blocks.modules()):
+        return {}
+    cache = ActivationCache(model, blocks, segments, place=place)
+    cache.quantized = None  # one stream is enough here
+    with counted_tokens(blocks) as counts:
+        cache.advance_full_precision(len(blocks))
+    return {name: found.tolist() for name, found in counts.items()}

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 
 from cbq.activations import ActivationCache, autocast
+from cbq.models.experts import every_token
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import ActQuantizer
 from cbq.reconstruction.window_solver import Task, WindowSolver
@@ -49,7 +50,7 @@ def input_groups(cache: ActivationCache, start: int, index: int) -> list[list[Qu
     linears = quant_linears(cache.blocks[index])
     hooks = [linear.register_forward_pre_hook(remember) for linear in linears]
     try:
-        with autocast(cache.device):
+        with autocast(cache.device), every_token(cache.blocks):
             cache.run_blocks(start, index + 1, cache.quantized[:1])
     finally:
         for hook in hooks:
@@ -82,7 +83,7 @@ def gram_matrix(cache: ActivationCache, start: int, index: int, linear: QuantLin
     hook = linear.register_forward_pre_hook(stop)
     try:
         for (batch,) in batches:
-            with autocast(cache.device), suppress(_StopForward):
+            with autocast(cache.device), every_token(cache.blocks), suppress(_StopForward):
                 cache.run_blocks(start, index + 1, batch)
             x = captured.pop()
             x = (linear.act_quantizer(x) if linear.act_quantizer else x).flatten(0, -2).float()

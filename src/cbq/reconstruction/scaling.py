@@ -13,7 +13,9 @@ from torch.nn.utils import parametrize
 from cbq.activations import ActivationCache, autocast
 from cbq.errors import InputError, check_flag, check_number
 from cbq.models.equivalent import producer_maxima, scale_channels_, scale_columns, scale_rows
-from cbq.models.families import ScalingPair, scaling_pairs
+from cbq.models.experts import every_token
+from cbq.models.families import scaling_pairs
+from cbq.models.pairs import ScalingPair
 from cbq.quant.linear import QuantLinear
 from cbq.quant.quantizer import StaticActQuantizer, act_quantizers
 from cbq.quant.state import QuantState, quant_state
@@ -84,9 +86,8 @@ class WindowScaling(nn.Module):
         self.channel_scales = nn.ModuleList()
         self.hooks = []
         self.shares: dict[QuantLinear, tuple[torch.Tensor, torch.Tensor]] = {}  # of weights' ranges that are covered
-        pairs = scaling_pairs(cache.config)
         for block, maxima in zip(self.blocks, input_maxima(window, cache), strict=True):
-            for pair in pairs:
+            for pair in scaling_pairs(cache.config, block):
                 consumers = [block.get_submodule(name) for name in pair.consumers]
                 if options.weight_only or any(linear.act_quantizer is not None for linear in consumers):
                     start = smooth_scale(pair, block, maxima[pair.consumers[0]], options.alpha)
@@ -107,7 +108,7 @@ class WindowScaling(nn.Module):
         for name in ("weight", "bias"):
             if getattr(producer, name, None) is not None:
                 parametrize.register_parametrization(producer, name, DividedRows(pair, scale))
-        for name in pair.consumers:
+        for name in (*pair.consumers, *pair.others):
             linear = block.get_submodule(name)
             parametrize.register_parametrization(linear, "weight", MultipliedColumns(pair, scale))
 
@@ -126,7 +127,7 @@ class WindowScaling(nn.Module):
         for hook in self.hooks:
             hook.remove()
         for block, pair, _ in self.pairs:
-            for name in (pair.producer, *pair.consumers):
+            for name in (pair.producer, *pair.consumers, *pair.others):
                 module = block.get_submodule(name)
                 for tensor in list(getattr(module, "parametrizations", {})):
                     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
@@ -216,7 +217,7 @@ def input_maxima(window: Window, cache: ActivationCache) -> list[dict[str, torch
         if isinstance(linear, QuantLinear)
     ]
     try:
-        with quant_state(blocks, QuantState.FULL_PRECISION):
+        with quant_state(blocks, QuantState.FULL_PRECISION), every_token(cache.blocks):
             for part in cache.parts(len(cache)):
                 with autocast(cache.device):
                     cache.run_blocks(window.start, window.stop, cache.quantized[part])
