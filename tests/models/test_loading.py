@@ -111,6 +111,41 @@ def test_sharded_checkpoint(folder: Path) -> None:
         load_pretrained(str(folder))
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_tensors_where_there_are_no_safetensors(folder: Path, shards: int) -> None:
+    """As in the repositories of OPT."""
+    expected = load_pretrained(str(folder)).model(IDS).logits
+    pickle_instead(folder)
+    if shards > 1:
+        tensors = list(torch.load(folder / "pytorch_model.bin").items())
+        (folder / "pytorch_model.bin").unlink()
+        names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+        for name, part in zip(names, (tensors[:9], tensors[9:]), strict=True):
+            torch.save(dict(part), folder / name)
+        weight_map = {key: names[index >= 9] for index, (key, _) in enumerate(tensors)}
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert torch.equal(load_pretrained(str(folder)).model(IDS).logits, expected)
+
+
+def test_a_repository_without_safetensors_is_asked_for_its_pickles(
+    hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickle_instead(folder)
+    asked: list[list[str]] = []
+
+    def download(repo_id: str, patterns: list[str], is_complete: Callable, revision: str | None = None) -> Path:
+        asked.append(list(patterns))
+        found = Path(shutil.copytree(folder, hub_cache / str(len(asked))))
+        if "pytorch_model*.bin" not in patterns:
+            (found / "pytorch_model.bin").unlink()
+        return found
+
+    monkeypatch.setattr(loading, "fetch_snapshot", download)
+    assert len(load_pretrained("facebook/opt-125m").blocks) == 4
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
+
+
 def test_position_tables_of_old_checkpoints_are_ignored(folder: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(8)}))
@@ -134,6 +169,24 @@ def pickle_instead(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+class Code:
+    """What a pickle can do to whoever reads it."""
+
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("the code of a checkpoint was run",))
+
+
+def code_instead(folder: Path) -> None:
+    torch.save({"lm_head.weight": Code()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def truncated_pickle(folder: Path) -> None:
+    pickle_instead(folder)
+    content = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
+
+
 def lose_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -154,7 +207,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "is quantized already",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
-    "pickled weights": (pickle_instead, "cbq reads safetensors only"),
+    "code among pickled weights": (code_instead, "pytorch_model.bin holds more than tensors, or is broken"),
+    "truncated pickled weights": (truncated_pickle, "pytorch_model.bin holds more than tensors, or is broken"),
     "corrupt weights": (corrupt_header, "model.safetensors is not a safetensors file"),
     "truncated weights": (truncate, "model.safetensors is not a safetensors file, or a truncated one"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is not a safetensors file"),

@@ -1,18 +1,16 @@
 """A model with its tokenizer: the embedded one, a local folder, or a hub id. The only door to transformers.
 
-Safetensors only. Whatever is wrong with the files is one `InputError` before any work is done: transformers itself
-would fill in missing parameters with random numbers and go on.
+Whatever is wrong with the files is one `InputError` before any work is done: transformers itself would fill in missing
+parameters with random numbers and go on.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,13 +24,9 @@ from transformers import (
 from cbq.errors import InputError, check_flag, check_text
 from cbq.hub import fetch_snapshot, first_line
 from cbq.models.families import context, find_family, get_blocks, supported_types
+from cbq.models.files import HUB_PATTERNS, PICKLE, SAFETENSORS, find_defect, weight_format
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# No leading star before `.safetensors`: some repositories hold every weight a second time in another layout.
-HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja"]
 
 
 @dataclass
@@ -109,8 +103,11 @@ def load_pretrained(
         return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
     if _looks_local(path):
         raise InputError(f"model path {path!r} is not a folder; give a folder or a hub id such as huggyllama/llama-7b")
-    patterns = [*HUB_PATTERNS, "*.py"] if trust_remote_code else HUB_PATTERNS
-    folder = fetch_snapshot(path, patterns, is_complete=lambda cached: _find_defect(cached) is None, revision=revision)
+    patterns = [*HUB_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+    folder = fetch_snapshot(path, patterns, is_complete=lambda cached: find_defect(cached) is None, revision=revision)
+    if weight_format(folder) is None:  # the repository has no safetensors: OPT's
+        patterns.append(PICKLE.pattern)
+        folder = fetch_snapshot(path, patterns, lambda cached: find_defect(cached) is None, revision=revision)
     return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
 
 
@@ -131,31 +128,12 @@ def _looks_local(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or Path(*first).exists()
 
 
-def _find_defect(folder: Path) -> str | None:
-    """Return what a model folder lacks, or None: the files themselves, not yet their content."""
-    if not (folder / "config.json").is_file():
-        return "has no config.json"
-    if (folder / WEIGHTS_INDEX).is_file():
-        try:
-            shards = set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return f"has a corrupt {WEIGHTS_INDEX}"
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if missing:
-            return f"lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names"
-    elif not (folder / WEIGHTS).is_file():
-        return f"has no {WEIGHTS} (and no {WEIGHTS_INDEX}); cbq reads safetensors only"
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        return f"has no tokenizer ({', '.join(TOKENIZER_FILES)})"
-    return None
-
-
 def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, prompt: str) -> LoadedModel:
     """Load a model and its tokenizer from a folder, and refuse what does not fit together."""
     check_text("model.prompt", prompt)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if defect := _find_defect(folder):
+    if defect := find_defect(folder):
         raise InputError(f"model folder {folder} {defect}")
     with quiet_transformers():
         config = _read_config(folder, trust_remote_code)
@@ -194,19 +172,16 @@ def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
 
 def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     """Read the weights, all of which must be there, fit, and be used."""
-    for file in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is not a safetensors file, or a truncated one: {first_line(error)}") from error
+    weights = weight_format(folder)
+    for file in sorted(folder.glob(weights.pattern)):
+        weights.check(file)
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        use_safetensors=True,
+        use_safetensors=weights is SAFETENSORS,
         trust_remote_code=trust_remote_code,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # only so that they are listed below instead of a page of text
