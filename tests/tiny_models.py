@@ -1,6 +1,6 @@
 """A small model of every family and of its variants, built from a configuration: one row each.
 
-Norms have random gains and biases, and a few channels are large: what is easy to get wrong shows.
+Norms have random gains and biases, and linears random biases: what is easy to get wrong shows.
 """
 
 import torch
@@ -11,6 +11,7 @@ from cbq.models.equivalent import scale_channels_
 from cbq.models.families import get_blocks, scaling_pairs
 
 VOCABULARY = 320
+OUTLIER = 3  # which channel
 SIZE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -69,13 +70,8 @@ TINY: dict[str, tuple[str, dict]] = {
 }
 
 
-def tiny_model(name: str, outliers: float = 1.0) -> PreTrainedModel:
-    """Return a small model, in evaluation mode and float32.
-
-    Args:
-        name: out of `TINY`.
-        outliers: how many times larger one channel between every producer and its consumers is.
-    """
+def tiny_model(name: str) -> PreTrainedModel:
+    """Return the small model of a `name` out of `TINY`, in evaluation mode and float32."""
     kind, options = TINY[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options), dtype=torch.float32)
@@ -95,7 +91,7 @@ def add_outliers_(model: PreTrainedModel, factor: float) -> None:
         for pair in scaling_pairs(model.config, block):
             weight = block.get_submodule(pair.producer).weight
             scale = torch.ones(len(weight) if pair.rows is None else len(pair.rows))
-            scale[3] = 1 / factor
+            scale[OUTLIER] = 1 / factor
             scale_channels_(pair, block, scale)
 
 
