@@ -49,9 +49,9 @@ def plot(table: SweepTable, path: Path) -> bool:
         axis.plot(*zip(*front(list(points.values())), strict=True), color="tab:orange", zorder=1)
         axis.scatter(*zip(*points.values(), strict=True), zorder=2)
         for row, point in points.items():
-            axis.annotate(" ".join(row), point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axis.annotate(" ".join(table.names(row)), point, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set(xlabel="seconds of reconstruction", ylabel=f"perplexity on {corpus}", title=model)
-        axis.margins(0.15)
+        axis.margins(0.2)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

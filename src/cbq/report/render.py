@@ -7,7 +7,7 @@ import pandas as pd
 
 from cbq.report.columns import SECONDS
 from cbq.report.paper import FULL_PRECISION
-from cbq.report.sweep import EXPERIMENT, SweepTable
+from cbq.report.sweep import SweepTable
 
 
 def grid(
@@ -20,8 +20,6 @@ def grid(
         bold: marks text that is escaped.
         escape: makes any text literal.
     """
-    one_table = {row[0].partition("_")[0] for row in table.rows} if EXPERIMENT in table.labels else set()
-    prefix = f"{one_table.pop()}_" if len(one_table) == 1 else ""
     headings = [*table.labels]
     for column in table.columns:
         headings += [" ".join(column), *([f"{' '.join(column)}, paper"] if column in table.paper else [])]
@@ -35,7 +33,7 @@ def grid(
             cells += [escape(value.format()) if value else "", *paper_cell(table, (FULL_PRECISION,), column)]
         rows.append(cells)
     for row, values in table.rows.items():
-        cells = [escape(row[0].removeprefix(prefix)), *map(escape, row[1:])] if row else []
+        cells = [*map(escape, table.names(row))]
         for column in table.columns:
             text = escape(values[column].format(digits(column)))
             cells += [bold(text) if row in best[column] else text, *paper_cell(table, row, column)]

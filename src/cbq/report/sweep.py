@@ -91,6 +91,11 @@ class SweepTable:
         """What perplexity is measured on."""
         return {what for _, what in self.columns} - COSTS
 
+    def names(self, row: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a row's labels, without the table's name where all experiments are of one table."""
+        tables = {row[0].partition("_")[0] for row in self.rows} if self.labels[:1] == [EXPERIMENT] else set()
+        return (row[0].removeprefix(f"{tables.pop()}_"), *row[1:]) if len(tables) == 1 else row
+
     def best(self, column: tuple[str, str]) -> set[tuple[str, ...]]:
         """Return the rows whose mean is the smallest of a column, among two or more of one scheme."""
         means: dict[str, dict[tuple[str, ...], float]] = {}
