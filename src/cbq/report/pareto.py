@@ -6,6 +6,8 @@ from pathlib import Path
 from cbq.report.columns import SECONDS
 from cbq.report.sweep import SweepTable
 
+LOGARITHMIC = 3  # from this ratio of the largest value to the smallest on
+
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points that no other is as good as in both coordinates, smaller being better, by the first.
@@ -35,6 +37,7 @@ def plot(table: SweepTable, path: Path) -> bool:
 
     mpl.use("Agg")  # no display is needed
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     panels = {}
     for model, corpus in [column for column in table.columns if column[1] in table.corpora]:
@@ -46,11 +49,20 @@ def plot(table: SweepTable, path: Path) -> bool:
         return False
     figure, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5), squeeze=False, layout="constrained")
     for axis, ((model, corpus), points) in zip(axes[0], panels.items(), strict=True):
+        seconds, perplexities = zip(*points.values(), strict=True)
         axis.plot(*zip(*front(list(points.values())), strict=True), color="tab:orange", zorder=1)
-        axis.scatter(*zip(*points.values(), strict=True), zorder=2)
+        axis.scatter(seconds, perplexities, zorder=2)
         for row, point in points.items():
             axis.annotate(" ".join(table.names(row)), point, xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set(xlabel="seconds of reconstruction", ylabel=f"perplexity on {corpus}", title=model)
+        for dimension, set_scale, values in (
+            (axis.xaxis, axis.set_xscale, seconds),
+            (axis.yaxis, axis.set_yscale, perplexities),
+        ):
+            if min(values) > 0 and max(values) > LOGARITHMIC * min(values):
+                set_scale("log")
+                dimension.set_major_formatter(ticker.LogFormatter())
+                dimension.set_minor_formatter(ticker.LogFormatter())
         axis.margins(0.2)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
