@@ -25,7 +25,7 @@ HEAD = """# Model families
 Made by `python scripts/family_table.py`, which runs `tests/models/test_families.py`: each row is a model of four blocks
 and a width of 64 with random weights, built from a configuration of transformers, with one channel eight times as large
 between every producer and its consumers. For W4A4 and W2A16: the loss of round-to-nearest -> of CBQ, summed over
-windows (`dense_ste`, CFP, four epochs over six segments of 32 tokens; no guard). Then the model is saved, loaded again
+windows (`dense_ste`, CFP, three epochs over six segments of 32 tokens; no guard). Then the model is saved, loaded again
 by `cbq.load` (equal to the bit) and by plain transformers (equal to the bit where weights alone are quantized; with
 experts within 1e-4, for transformers sums them in another order).
 

@@ -171,7 +171,14 @@ def test_cbq_from_end_to_end(
     add_outliers_(model, factor=8.0)
     ids = token_ids()
     quantized, windows = cbq.quantize(
-        model, ids, scheme, rounding=DenseSTE, preprocess=CoarseToFine(True, True), epochs=4, progress=False
+        model,
+        ids,
+        scheme,
+        window=3,
+        overlap=2,
+        rounding=DenseSTE,
+        preprocess=CoarseToFine(weights=True, activations=True),
+        progress=False,
     )
     assert all(window.guard is None for window in windows)
     nearest, learned = (sum(getattr(window, f"rec_loss_{when}") for window in windows) for when in ("rtn", "last"))
