@@ -218,6 +218,17 @@ def test_a_failed_cell_of_a_sweep_says_what_it_is(cbq, tmp_path):
             assert "rounding means nothing with method=" in results["error"]
 
 
+def test_a_failed_start_never_removes_a_finished_run(cbq, tmp_path):
+    """Not even with overwrite=true, which would have removed it at the start."""
+    words = ["-m", *SMALL, "hydra.sweep.dir=sweep", "hydra.sweep.subdir=cell"]
+    assert cbq(*words, "cbd.window=8")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep" / "cell").rglob("*") if path.is_file()}
+    code, _, error = cbq(*words, "cbd.window=9", "overwrite=true")
+    assert code == 2
+    assert "cbd.window must be at most" in error
+    assert {path: path.read_bytes() for path in (tmp_path / "sweep" / "cell").rglob("*") if path.is_file()} == before
+
+
 def test_a_table_goes_on_where_it_was_left(cbq, tmp_path):
     """The same command again: finished cells are skipped, a cell that was interrupted runs anew."""
     table = ["-m", *SMALL, "experiment=glob(table15_*)"]

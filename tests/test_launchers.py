@@ -1,18 +1,22 @@
 """A sweep's jobs beside each other: in processes of this machine, and as jobs of a scheduler."""
 
 import json
+import multiprocessing
 import os
 import stat
 import subprocess
 import sys
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from cbq.cli import conf_dir
 from cbq.cli.mistakes import EXTRAS
-from cbq.cli.resolvers import device_of_job, num_workers
+from cbq.cli.resolvers import device_of_job, num_workers, own_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = [
@@ -103,15 +107,53 @@ def test_an_array_of_slurm_jobs(tmp_path):
         assert f"#SBATCH {line}\n" in script
 
 
-def test_each_job_takes_the_next_gpu(monkeypatch):
+def take_gpu(sender: Connection, stay: Event) -> None:
+    """In a process of its own: send the GPUs of two jobs, and stay."""
+    sender.send((device_of_job(0), device_of_job(1)))
+    stay.wait()
+
+
+def test_each_process_takes_a_free_gpu(tmp_path, monkeypatch):
+    """Two at once have one each; a third goes round; when one ends, its GPU is free."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own_gpu.cache_clear()
+    processes = multiprocessing.get_context("fork")
+    events = [processes.Event() for _ in range(4)]
+    taken, started = [], []
+    for number, event in enumerate(events):
+        if number == 3:
+            events[0].set()
+            started[0].join()
+        receiver, sender = processes.Pipe()
+        process = processes.Process(target=take_gpu, args=(sender, event))
+        process.start()
+        taken.append(receiver.recv())
+        started.append(process)
+    for event in events:
+        event.set()
+    assert taken == [("2", "2"), ("GPU-5", "GPU-5"), ("2", "GPU-5"), ("2", "2")]
+
+
+def test_parallel_jobs_by_configuration(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own_gpu.cache_clear()
     assert num_workers() == 2
-    assert [device_of_job(number) for number in range(3)] == ["2", "GPU-5", "2"]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = compose("config", ["hydra/launcher=parallel"], return_hydra_config=True)
     config.hydra.job.num = 1
-    assert config.hydra.job.env_set.CUDA_VISIBLE_DEVICES == "GPU-5"
+    assert config.hydra.job.env_set.CUDA_VISIBLE_DEVICES == "2"
     assert config.hydra.launcher.n_jobs == 2
+    own_gpu.cache_clear()
+
+
+def test_a_running_ray_cluster_is_given_no_memory_size():
+    """The plugin gives one unless there is one, and Ray refuses it for a cluster that runs."""
+    init = OmegaConf.load(Path(conf_dir()) / "hydra" / "launcher" / "ray_cluster.yaml").ray.init
+    assert init.address == "auto"
+    assert "object_store_memory" in init
+    assert init.object_store_memory is None
 
 
 def test_without_gpus_a_job_a_core(monkeypatch):

@@ -47,6 +47,7 @@ TINY: dict[str, tuple[str, dict]] = {
     "phi3": ("Phi3Config", SIZE),
     "opt": ("OPTConfig", OPT),
     "opt-norm-after": ("OPTConfig", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt-no-gains": ("OPTConfig", OPT | {"layer_norm_elementwise_affine": False}),
     "opt-gelu": ("OPTConfig", OPT | {"activation_function": "gelu"}),
     "bloom": ("BloomConfig", BLOOM),
     "bloom-norm-in-residual": ("BloomConfig", BLOOM | {"apply_residual_connection_post_layernorm": True}),

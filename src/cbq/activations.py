@@ -37,10 +37,12 @@ def capture_block_calls(model: nn.Module, blocks: nn.ModuleList, segments: torch
     def remember(block: nn.Module, args: tuple, kwargs: dict) -> None:
         kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         calls.append(BlockCall(args[1:], kwargs))
+        if len(calls) == len(blocks):  # the head's logits may be larger than the model
+            raise _StopForward
 
     hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), suppress(_StopForward):
             model(input_ids=segments, use_cache=False)
     finally:
         for hook in hooks:

@@ -63,11 +63,11 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     for name, quantizer in qkv_quantizers(model):
         attentions[name] = {key: getattr(quantizer, key) for key in ("bits", "symmetric", "denominator")}
         tensors |= {f"{name}.{part}": parameter.detach() for part, parameter in quantizer.named_parameters()}
-    inside = tuple(f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point"))
+    inside = {f"{name}.{part}" for name in schemes for part in ("integers", "weight_scale", "zero_point")}
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if not name.startswith(inside) and ".act_quantizer." not in name and ".qkv_quantizer." not in name
+        if name not in inside and ".act_quantizer." not in name and ".qkv_quantizer." not in name
     }
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=to_stored(model.config, state, list(schemes)))

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from cbq.errors import InputError
 from cbq.models.attention import check_attention, hook_attention_
 from cbq.models.linears import to_linears_
 from cbq.models.loading import PreTrainedModel
@@ -19,11 +20,15 @@ def make_quantizable_(model: PreTrainedModel, blocks: nn.ModuleList, scheme: Qua
         scheme: what to quantize to how many bits.
 
     Raises:
-        InputError: the scheme does not fit the model, which then computes what it did.
+        InputError: the scheme does not fit the model, which is then unchanged.
     """
     if scheme.quantizes_qkv:
         check_attention(model)
-    to_linears_(model)
-    quantize_linears_(blocks, scheme)
+    undo = to_linears_(model)
+    try:
+        quantize_linears_(blocks, scheme)
+    except InputError:
+        undo()
+        raise
     if scheme.quantizes_qkv:
         quantize_qkv_(hook_attention_(model), scheme)

@@ -57,6 +57,13 @@ class RunFolder:
             raise InputError(f"{self.path} holds a run with a different configuration: {way_out}")
         return results["status"] == "finished"
 
+    def is_free(self) -> bool:
+        """Return whether a failed start may use the folder: no finished run is in it, and no files of others."""
+        results = read_results(self.path)
+        if results is None:
+            return not any((self.path / name).exists() for name in OUTPUTS)
+        return results["status"] != "finished"
+
     def _stored_experiment(self) -> dict | None:
         """Return what decides the result of the run that is here, or None where that cannot be read."""
         try:
@@ -110,4 +117,6 @@ def withdraw(folder: Path) -> None:
 def experiment(config: DictConfig) -> dict:
     """Return the part of a configuration that decides the result."""
     plain = OmegaConf.to_container(config, resolve=True)
+    if isinstance(plain.get("evaluation"), dict):
+        plain["evaluation"].pop("baselines", None)  # says nothing about the quantized model
     return {key: value for key, value in plain.items() if key not in NOT_THE_EXPERIMENT}

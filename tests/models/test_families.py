@@ -126,6 +126,42 @@ def test_scaling_keeps_the_function_and_reaches_every_claimed_channel(name: str)
     assert unseen == (ONE_FEED_FORWARD if name == "mixtral" else set())
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text"])
+def test_scaling_norms_in_a_short_dtype_costs_no_more_than_the_dtype(name: str) -> None:
+    """Where a norm multiplies by 1 + weight, the weight of a large scale is near -1, where bfloat16 is coarse.
+
+    It cost a hundred times what rounding to 8 bits does.
+    """
+    model = tiny_model(name).to(torch.bfloat16)
+    ids = token_ids()
+    expected = logits(model, ids).float().log_softmax(-1)
+    rounded, scaled = copy.deepcopy(model), copy.deepcopy(model)
+    make_quantizable_(rounded, get_blocks(rounded), QuantScheme(8, 16))
+    generator = torch.Generator().manual_seed(3)
+    for block in get_blocks(scaled):
+        for pair in scaling_pairs(model.config, block):
+            if pair.producer.endswith("norm"):
+                spread = torch.rand(len(block.get_submodule(pair.producer).weight), generator=generator)
+                scale = 70 * (0.7 + 0.6 * spread)
+                scale_channels_(pair, block, scale)
+
+    def divergence(other: PreTrainedModel) -> float:
+        found = logits(other, ids).float().log_softmax(-1)
+        return nn.functional.kl_div(found, expected, log_target=True, reduction="batchmean").item()
+
+    with quant_state(rounded, QuantState.NEAREST):
+        assert divergence(scaled) < 5 * divergence(rounded)
+
+
+def test_a_refused_scheme_leaves_the_model_as_it_was() -> None:
+    for name in ("gpt2", "mixtral"):
+        model = tiny_model(name)
+        before = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        with pytest.raises(InputError, match=r"group_size must divide"):
+            cbq.quantize(model, token_ids(), "w4a16g7", progress=False)
+        assert {key: tensor.shape for key, tensor in model.state_dict().items()} == before
+
+
 @EVERY
 def test_cfp_keeps_the_function_and_removes_outliers(name: str) -> None:
     model = tiny_model(name)

@@ -2,6 +2,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -117,33 +118,39 @@ def test_pickled_tensors_where_there_are_no_safetensors(folder: Path, shards: in
     expected = load_pretrained(str(folder)).model(IDS).logits
     pickle_instead(folder)
     if shards > 1:
-        tensors = list(torch.load(folder / "pytorch_model.bin").items())
-        (folder / "pytorch_model.bin").unlink()
-        names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
-        for name, part in zip(names, (tensors[:9], tensors[9:]), strict=True):
-            torch.save(dict(part), folder / name)
-        weight_map = {key: names[index >= 9] for index, (key, _) in enumerate(tensors)}
-        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        shard_pickle(folder)
     assert torch.equal(load_pretrained(str(folder)).model(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
 def test_a_repository_without_safetensors_is_asked_for_its_pickles(
-    hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub_cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
     pickle_instead(folder)
+    if shards > 1:
+        shard_pickle(folder)
     asked: list[list[str]] = []
 
     def download(repo_id: str, patterns: list[str], is_complete: Callable, revision: str | None = None) -> Path:
         asked.append(list(patterns))
         found = Path(shutil.copytree(folder, hub_cache / str(len(asked))))
-        if "pytorch_model*.bin" not in patterns:
-            (found / "pytorch_model.bin").unlink()
+        for file in found.iterdir():
+            if not any(fnmatch(file.name, pattern) for pattern in patterns):
+                file.unlink()
         return found
 
     monkeypatch.setattr(loading, "fetch_snapshot", download)
     assert len(load_pretrained("facebook/opt-125m").blocks) == 4
     assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
+
+
+def test_added_tokens_beyond_the_vocabulary(folder: Path) -> None:
+    """As Gemma 3's, whose text model has no row for the image's token."""
+    tokenizer = load_pretrained(str(folder)).tokenizer
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    loaded = load_pretrained(str(folder))
+    assert max(loaded.tokenizer.get_vocab().values()) == loaded.model.config.vocab_size
 
 
 def test_position_tables_of_old_checkpoints_are_ignored(folder: Path) -> None:
@@ -167,6 +174,17 @@ def truncate(folder: Path) -> None:
 def pickle_instead(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+
+
+def shard_pickle(folder: Path) -> None:
+    tensors = list(torch.load(folder / "pytorch_model.bin").items())
+    (folder / "pytorch_model.bin").unlink()
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for name, part in zip(names, (tensors[:9], tensors[9:]), strict=True):
+        torch.save(dict(part), folder / name)
+    weight_map = {key: names[index >= 9] for index, (key, _) in enumerate(tensors)}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 class Code:
@@ -289,7 +307,15 @@ def test_interrupted_download_is_not_taken_for_the_model(
         load_pretrained("huggyllama/llama-7b")
 
 
-LOCAL_PATHS = ["/no/such/folder", "./absent", "../absent", "~/absent-folder", "a/b/c", "existing/absent"]
+LOCAL_PATHS = [
+    "~nosuchuser/x",
+    "/no/such/folder",
+    "./absent",
+    "../absent",
+    "~/absent-folder",
+    "a/b/c",
+    "existing/absent",
+]
 
 
 @pytest.mark.parametrize("path", LOCAL_PATHS)

@@ -61,6 +61,12 @@ def test_not_of_another_protocol_or_model(run, other):
     assert CAVEAT not in describe([run("table7_w8_o7")], table)
 
 
+def test_not_where_options_tell_rows_apart(run):
+    runs = [run("table7_w8_o7"), run("table7_w8_o7")]
+    runs[1]["settings"]["quant.group_size"] = 64
+    assert sweep_table(runs).paper == {}
+
+
 def test_one_run_of_another_protocol_spoils_its_column(run):
     runs = [run("table7_w8_o7"), run("table7_w4_o3", num_segments=8)]
     assert comparable(runs[:1], ("llama7b", "c4"))

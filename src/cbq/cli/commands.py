@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -66,9 +65,10 @@ def quantize(config: DictConfig) -> None:
         except BaseException as error:
             if runner is not None and runner.results:
                 runner.fail(error)
-            elif HydraConfig.get().mode is RunMode.MULTIRUN:  # a cell of a table, which shows it
+            elif HydraConfig.get().mode is RunMode.MULTIRUN and folder.is_free():  # a cell of a table, which shows it
+                results = failed_results(config, settings, error)
                 folder.start()
-                write_results(folder.path, failed_results(config, settings, error))
+                write_results(folder.path, results)
             raise
 
 
@@ -83,7 +83,7 @@ def failed_results(config: DictConfig, settings: dict, error: BaseException) -> 
         "method": settings["method"],
         "seed": config.seed if isinstance(config.seed, int) else 0,
         "settings": settings,
-        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
+        "environment": environment("cpu"),  # nothing was computed
     }
 
 

@@ -1,14 +1,21 @@
 """What `conf/` computes: `${name:argument}` calls the function of that name."""
 
+import getpass
 import hashlib
 import re
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from cbq.devices import num_cores, visible_gpus
 
 MAX_FOLDER_BYTES = 200
+HELD: list[FileLock] = []
 
 
 def folder_name(dirname: str) -> str:
@@ -50,9 +57,22 @@ def num_workers() -> int:
 
 
 def device_of_job(number: int) -> str:
-    """Return the `CUDA_VISIBLE_DEVICES` of a sweep's job: each takes the next GPU."""
+    """Return the `CUDA_VISIBLE_DEVICES` of a sweep's job: this process's GPU, or the next in turn if none is free."""
     gpus = visible_gpus()
-    return gpus[number % len(gpus)] if gpus else ""
+    return own_gpu() or gpus[number % len(gpus)] if gpus else ""
+
+
+@cache
+def own_gpu() -> str | None:
+    """Return a GPU that no other process of a sweep works on, for as long as this process lives, or None."""
+    for gpu in visible_gpus():
+        name = re.sub(r"\W", "_", f"cbq-{getpass.getuser()}-gpu-{gpu}")
+        lock = FileLock(Path(tempfile.gettempdir()) / f"{name}.lock")
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            HELD.append(lock)
+            return gpu
+    return None
 
 
 def register() -> None:

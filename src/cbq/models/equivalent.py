@@ -58,7 +58,7 @@ def scale_rows(pair: ScalingPair, rows: torch.Tensor, channel_scale: torch.Tenso
     if pair.rows is not None:
         index = pair.rows.to(channel_scale.device)
         channel_scale = channel_scale.new_ones(len(rows)).index_copy(0, index, channel_scale)
-    return (rows + offset) / channel_scale.view(-1, *[1] * (rows.dim() - 1)) - offset
+    return (rows.float() + offset) / channel_scale.view(-1, *[1] * (rows.dim() - 1)) - offset
 
 
 def scale_columns(
@@ -81,10 +81,14 @@ def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Te
         channel_scale: positive.
     """
     for parameter in block.get_submodule(pair.producer).parameters(recurse=False):
+        before = parameter.float() + pair.gain_offset
         parameter.copy_(scale_rows(pair, parameter, channel_scale, pair.gain_offset))
+        if pair.gain_offset:  # 1 / s - 1 lies near -1, where a short dtype is coarse: what it makes of s counts
+            after = parameter.float() + pair.gain_offset
+            channel_scale = torch.where((before != 0) & (after != 0), before / after, channel_scale)
     for name in (*pair.consumers, *pair.others):
         weight = block.get_submodule(name).weight
-        weight.copy_(scale_columns(pair, weight, channel_scale, weight.shape[1]))
+        weight.copy_(scale_columns(pair, weight.float(), channel_scale, weight.shape[1]))
 
 
 @torch.no_grad()

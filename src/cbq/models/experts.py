@@ -109,18 +109,25 @@ def counted_tokens(blocks: nn.ModuleList) -> Iterator[dict[str, torch.Tensor]]:
             hook.remove()
 
 
-def to_experts_(blocks: nn.ModuleList, name: str) -> None:
-    """Replace transformers' experts, by their dotted `name` in a block, by `Experts`; some blocks may have none."""
+def to_experts_(blocks: nn.ModuleList, name: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Replace transformers' experts, by their dotted `name` in a block, by `Experts`; some blocks may have none.
+
+    Returns:
+        the parent, the name and the module of each that was replaced.
+    """
+    replaced = []
     for block in blocks:
         parent, _, child = name.rpartition(".")
         owner = block.get_submodule(parent)
         fused = getattr(owner, child, None)
         if fused is not None and not isinstance(fused, Experts):
             setattr(owner, child, Experts(fused))
+            replaced.append((owner, child, fused))
+    return replaced
 
 
 def to_fused(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Return a model's state with the matrices of experts in one parameter each, as transformers has them.
+    """Return a model's state with the matrices of experts in one parameter each, as transformers has them; on the CPU.
 
     Args:
         state: by name; `<...><name>.<expert>.<matrix>.weight` is (O, I).
@@ -140,4 +147,4 @@ def to_fused(state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tenso
             parts.setdefault(f"{before}{found}{matrix}", {})[int(number)] = tensor
         else:
             fused[key] = tensor
-    return fused | {key: torch.stack([found[number] for number in sorted(found)]) for key, found in parts.items()}
+    return fused | {key: torch.stack([found[number].cpu() for number in sorted(found)]) for key, found in parts.items()}

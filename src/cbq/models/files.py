@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,7 @@ def check_pickle(file: Path) -> None:
         InputError: it does, or is broken.
     """
     try:
-        torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{file} holds more than tensors, or is broken: {type(error).__name__}") from error
 

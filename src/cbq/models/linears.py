@@ -3,6 +3,8 @@
 Shapes: O out_features, I in_features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,14 +14,18 @@ from cbq.models.experts import to_experts_, to_fused
 from cbq.models.families import find_family, get_blocks
 
 
-def to_linears_(model: PreTrainedModel) -> None:
+def to_linears_(model: PreTrainedModel) -> Callable[[], None]:
     """Replace what is no `nn.Linear` in the blocks by such: GPT-2's `Conv1D`, whose weight is (I, O), and experts.
 
     Args:
         model: a model of one of the families. It computes the same.
+
+    Returns:
+        what puts everything back.
     """
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
     if experts := find_family(model.config).experts:
-        to_experts_(get_blocks(model), experts)
+        replaced += to_experts_(get_blocks(model), experts)
     for parent in list(get_blocks(model).modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Conv1D):
@@ -27,6 +33,13 @@ def to_linears_(model: PreTrainedModel) -> None:
                 linear.weight = nn.Parameter(child.weight.detach().T.contiguous(), child.weight.requires_grad)
                 linear.bias = child.bias
                 setattr(parent, name, linear)
+                replaced.append((parent, name, child))
+
+    def undo() -> None:
+        for parent, name, child in replaced:
+            setattr(parent, name, child)
+
+    return undo
 
 
 def to_stored(config: PreTrainedConfig, state: dict[str, torch.Tensor], linears: list[str]) -> dict[str, torch.Tensor]:

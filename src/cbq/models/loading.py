@@ -98,14 +98,14 @@ def load_pretrained(
     """
     check_text("model.path", path)
     check_flag("model.trust_remote_code", trust_remote_code)
-    folder = Path(path).expanduser()
+    folder = _expanded(path)
     if folder.is_dir():
         return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
     if _looks_local(path):
         raise InputError(f"model path {path!r} is not a folder; give a folder or a hub id such as huggyllama/llama-7b")
     patterns = [*HUB_PATTERNS, *(["*.py"] if trust_remote_code else [])]
     folder = fetch_snapshot(path, patterns, is_complete=lambda cached: find_defect(cached) is None, revision=revision)
-    if weight_format(folder) is None:  # the repository has no safetensors: OPT's
+    if weight_format(folder) is not SAFETENSORS:  # as of OPT, whose list of pickles may be here
         patterns.append(PICKLE.pattern)
         folder = fetch_snapshot(path, patterns, lambda cached: find_defect(cached) is None, revision=revision)
     return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
@@ -113,8 +113,16 @@ def load_pretrained(
 
 def results_name(path: str, name: str | None = None) -> str:
     """Return how results call a model: by its name, its folder's name or its hub id."""
-    folder = Path(path).expanduser()
+    folder = _expanded(path)
     return name or (folder.resolve().name if folder.is_dir() else path)
+
+
+def _expanded(path: str) -> Path:
+    """Return a path with the home folder for `~`, or as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _looks_local(path: str) -> bool:
@@ -138,7 +146,9 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
     with quiet_transformers():
         config = _read_config(folder, trust_remote_code)
         tokenizer = _read_tokenizer(folder, trust_remote_code)
-        largest = max(tokenizer.get_vocab().values(), default=-1)
+        # Added tokens may lie beyond: Gemma 3's stands for an image, which its text model never sees.
+        added = tokenizer.get_added_vocab()
+        largest = max((index for token, index in tokenizer.get_vocab().items() if token not in added), default=-1)
         # Before the weights are read: seven billion of them take minutes.
         if not 0 <= largest < config.vocab_size:
             raise InputError(

@@ -97,7 +97,7 @@ def opt(config: PreTrainedConfig) -> Pairs:
     )
     relu = (ScalingPair("fc1", ("fc2",), dim),)
     return (
-        *(norms if config.do_layer_norm_before else ()),
+        *(norms if config.do_layer_norm_before and config.layer_norm_elementwise_affine else ()),
         ScalingPair("self_attn.v_proj", ("self_attn.out_proj",), dim),
         *(relu if config.activation_function == "relu" else ()),
     )

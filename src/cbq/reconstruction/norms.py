@@ -32,7 +32,7 @@ class LearnedGain(nn.Module):
 
     def forward(self, gain: torch.Tensor) -> torch.Tensor:
         """Return the learned weight for the one before learning."""
-        return ((gain + self.offset) * self.multiplier - self.offset).to(gain.dtype)
+        return ((gain.float() + self.offset) * self.multiplier - self.offset).to(gain.dtype)
 
 
 def norms(blocks: list[nn.Module]) -> list[nn.Module]:

@@ -12,8 +12,9 @@ FULL_PRECISION = "full_precision"
 SEGMENT_TOKENS = 2048  # of calibration and evaluation
 CALIBRATION = {"name": "c4", "num_segments": 128, "segment_tokens": SEGMENT_TOKENS}
 CAVEAT = (
-    "The paper's figures are of its own code and GPU. It says per channel, but its weight-only baselines are those of "
-    "groups (its OmniQuant at W2A16 on LLaMA-2-7B is OmniQuant's for groups of 64): no target for group_size=-1."
+    "The paper's figures are of its own code, options and GPU; options typed beside an experiment are not compared. It "
+    "says per channel, but its weight-only baselines are those of groups (its OmniQuant at W2A16 on LLaMA-2-7B is "
+    "OmniQuant's for groups of 64): no target for group_size=-1."
 )
 
 
@@ -31,6 +32,8 @@ def place(experiment: str) -> int:
 
 def comparable(runs: Sequence[dict], column: tuple[str, str]) -> bool:
     """Return whether a column measures what the paper did: every run of the model is by its protocol.
+
+    The protocol is calibration and evaluation; what else a user changed is not looked at.
 
     Args:
         runs: contents of `results.json`.

@@ -173,8 +173,13 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
 def paper_columns(
     runs: Sequence[dict], columns: Sequence[tuple[str, str]], rows: Iterable[tuple[str, ...]]
 ) -> dict[tuple[str, str], dict[tuple[str, ...], float]]:
-    """Return the paper's figures of the columns that measure what it did, as far as it has any."""
-    found = {}
+    """Return the paper's figures of the columns that measure what it did, as far as it has any.
+
+    None where rows are told apart by more than their experiment: the paper has one of them at most.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, ...], float]] = {}
+    if any(len(row) != 1 for row in rows):
+        return found
     for column in filter(lambda column: comparable(runs, column), columns):
         figures = {row: figure(row[0], column) for row in [(FULL_PRECISION,), *rows] if row}
         if any(number is not None for row, number in figures.items() if row != (FULL_PRECISION,)):
