@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import cbq
 from cbq.cli import conf_dir, flatten
@@ -160,8 +160,8 @@ def test_a_model_that_cannot_be_quantized(model) -> None:
     cbq.quantize(model, TOKENS[:2], "w8a8", epochs=1, progress=False)
     with pytest.raises(InputError, match="hold no linear to quantize"):
         cbq.quantize(model, TOKENS[:2], "w8a8", progress=False)
-    other = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(InputError, match="'gpt2' is not supported"):
+    other = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(InputError, match="'mamba' is not supported"):
         cbq.quantize(other, TOKENS)
 
 
