@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from cbq.cli import conf_dir
 from cbq.errors import InputError
 from cbq.results import write_results
-from cbq.run_folder import CONFIG_NAME, RunFolder, withdraw
+from cbq.run_folder import CONFIG_NAME, RunFolder, experiment, withdraw
 
 CONFIG = {"quant": {"weight_bits": 4, "label": "W${.weight_bits}"}, "seed": 0, "overwrite": False, "tracking": {"x": 1}}
 
@@ -228,3 +228,10 @@ def test_withdraw_keeps_what_is_not_empty(tmp_path):
 def test_withdraw_of_a_folder_that_was_never_made(tmp_path):
     withdraw(tmp_path / "a" / "b")
     assert tmp_path.is_dir()
+
+
+def test_baselines_are_not_part_of_the_experiment():
+    """They say nothing about the quantized model: a finished cell is finished with and without them."""
+    configs = [OmegaConf.create({"evaluation": {"corpora": ["c4"], "baselines": flag}}) for flag in (True, False)]
+    configs.append(OmegaConf.create({"evaluation": {"corpora": ["c4"]}}))
+    assert experiment(configs[0]) == experiment(configs[1]) == experiment(configs[2])

@@ -126,6 +126,14 @@ def test_scaling_keeps_the_function_and_reaches_every_claimed_channel(name: str)
     assert unseen == (ONE_FEED_FORWARD if name == "mixtral" else set())
 
 
+@EVERY
+def test_calls_are_captured_without_the_head(name: str) -> None:
+    """Its logits may be larger than the model."""
+    model = tiny_model(name)
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
+    ActivationCache(model, get_blocks(model), token_ids(num_segments=5), batch_size=2).advance_full_precision(4)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3_text"])
 def test_scaling_norms_in_a_short_dtype_costs_no_more_than_the_dtype(name: str) -> None:
     """Where a norm multiplies by 1 + weight, the weight of a large scale is near -1, where bfloat16 is coarse.
