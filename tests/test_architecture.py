@@ -17,7 +17,7 @@ ROWS = (
     {"activations", "quantized", "method"},
     {"preprocess", "reconstruction", "evaluation"},
     {"checkpoint", "tracking", "cost", "results", "run_folder", "report"},
-    {"runner", "api"},
+    {"runner", "evaluator", "api"},
     {"cli"},
     {"__main__"},
 )
@@ -28,6 +28,7 @@ FENCES = {
     "wandb": {"tracking"},
     "transformers": {"models"},
     "datasets": {"data"},
+    "lm_eval": {"evaluation"},
     "matplotlib": {"report"},
     "pandas": {"report"},
     "huggingface_hub": {"hub"},

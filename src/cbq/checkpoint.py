@@ -27,6 +27,7 @@ from cbq.models.loading import (
     LoadedModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    load_as_it_is,
     load_pretrained,
     quiet_transformers,
 )
@@ -127,6 +128,22 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
         except (KeyError, AttributeError, TypeError) as error:
             raise InputError(f"damaged checkpoint, {file} does not fit {name}: {error}") from None
     return loaded
+
+
+def load_any(folder: str | Path) -> LoadedModel:
+    """Return a model to measure, from a run's folder, its `checkpoint/`, or any folder that transformers loads.
+
+    Args:
+        folder: a model of any architecture, quantized or not.
+
+    Raises:
+        InputError: there is no such folder, or no model in it.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"checkpoint {str(folder)!r} is not a folder: give a run's, or one that transformers loads")
+    path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    return load_checkpoint(path) if (path / QUANTIZED_FILE).is_file() else load_as_it_is(path)
 
 
 def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict[str, torch.Tensor]) -> FusedLinear:

@@ -25,24 +25,27 @@ CONNECT_TIMEOUT_SECONDS = 3.0
 ANSWER_TIMEOUT_SECONDS = 4.0
 
 
-def fetch_file(repo_id: str, filename: str, repo_type: str = "dataset") -> Path:
+def fetch_file(repo_id: str, filename: str, repo_type: str = "dataset", revision: str | None = None) -> Path:
     """Return the local path of one file of a hub repository, downloaded only if the cache does not have it.
 
     Args:
         repo_id: the repository, such as `Salesforce/wikitext`.
         filename: the file's path inside the repository.
         repo_type: `dataset` or `model`.
+        revision: a branch, tag or commit; the main branch if None.
 
     Raises:
         InputError: the file is not cached, and the hub cannot be reached or does not give it.
     """
-    cached = try_to_load_from_cache(repo_id, filename, repo_type=repo_type)
+    cached = try_to_load_from_cache(repo_id, filename, revision=revision, repo_type=repo_type)
     if isinstance(cached, str):  # the cache can also say that the file is known not to exist
         return Path(cached)
-    check_reachable(repo_id, repo_type, revision=None, wanted=f"{repo_id}: {filename}")
+    check_reachable(repo_id, repo_type, revision, wanted=f"{repo_id}: {filename}")
     return Path(
         _download(
-            lambda: hf_hub_download(repo_id, filename, repo_type=repo_type, etag_timeout=CONNECT_TIMEOUT_SECONDS),
+            lambda: hf_hub_download(
+                repo_id, filename, revision=revision, repo_type=repo_type, etag_timeout=CONNECT_TIMEOUT_SECONDS
+            ),
             f"{repo_id}: {filename}",
         )
     )

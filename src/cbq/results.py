@@ -57,6 +57,16 @@ def write_results(folder: Path, results: dict) -> None:
         folder: The run folder; made when missing.
         results: Plain Python values under the keys of the schema. "format_version" is added.
     """
+    write_json(folder / RESULTS_NAME, results)
+
+
+def write_json(path: Path, results: dict) -> None:
+    """Write a file of results in one piece, as `write_results` does.
+
+    Args:
+        path: Its folder is made when missing.
+        results: Plain Python values. "format_version" is added.
+    """
     assert results.get("format_version", FORMAT_VERSION) == FORMAT_VERSION, "this code writes one format only"
     text = json.dumps(
         _null_unless_finite({"format_version": FORMAT_VERSION, **results}),
@@ -64,13 +74,13 @@ def write_results(folder: Path, results: dict) -> None:
         ensure_ascii=False,
         allow_nan=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RESULTS_NAME}.tmp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())  # the content before the name, or a power cut leaves an empty file under it
-    os.replace(temporary, folder / RESULTS_NAME)
+    os.replace(temporary, path)
 
 
 def read_results(folder: Path) -> dict | None:

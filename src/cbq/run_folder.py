@@ -118,5 +118,6 @@ def experiment(config: DictConfig) -> dict:
     """Return the part of a configuration that decides the result."""
     plain = OmegaConf.to_container(config, resolve=True)
     if isinstance(plain.get("evaluation"), dict):
-        plain["evaluation"].pop("baselines", None)  # says nothing about the quantized model
+        for key in ("baselines", "cache_dir"):  # say nothing about the quantized model
+            plain["evaluation"].pop(key, None)
     return {key: value for key, value in plain.items() if key not in NOT_THE_EXPERIMENT}

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from cbq.activations import stream_bytes
@@ -14,8 +16,9 @@ from cbq.checkpoint import fused_linears, save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
+from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
 from cbq.evaluation.generation import generate_text
-from cbq.evaluation.perplexity import PerplexityEvaluation
+from cbq.evaluation.recall import Recall
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
@@ -29,6 +32,7 @@ from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.progress import WindowProgress
+from cbq.report.scores import print_scores, summary_figures
 from cbq.report.summary import print_summary
 from cbq.results import environment, failure, write_results
 from cbq.run_folder import RunFolder
@@ -49,7 +53,7 @@ class Runner:
         windows: which blocks are learned together.
         solver: how a window is solved.
         calibration: the segments that windows learn from.
-        evaluation: the texts of the perplexities.
+        evaluation: what is measured of the model, before and after.
         activations: where the hidden states between blocks are kept.
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
@@ -70,7 +74,7 @@ class Runner:
         windows: SlidingWindows,
         solver: WindowSolver,
         calibration: Calibration,
-        evaluation: PerplexityEvaluation,
+        evaluation: Evaluation,
         activations: StreamPlacement,
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
@@ -99,6 +103,7 @@ class Runner:
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.console = Console(highlight=False)
+        self.track = partial(track, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.stopwatch = Stopwatch()
         self.results: dict = {}
 
@@ -107,19 +112,22 @@ class Runner:
         L.seed_everything(self.seed, verbose=False)
         reset_peak_device_memory(self.device)
         loaded, segments, plan, place = self.prepare()
-        perplexity = {"full_precision": self.evaluate_baseline(loaded, "full precision")}
+        evaluation = self.evaluation
+        full_precision = self.score(evaluation.score, loaded, "full precision", evaluation.recall, baseline=True)
+        references = evaluation.remember(loaded)
         texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
-            perplexity["rtn"] = self.evaluate_baseline(loaded, "round-to-nearest")
+            rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", baseline=True)
         self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
-        perplexity["quantized"] = self.evaluate(loaded, self.scheme.label)
+        quantized = self.score(evaluation.score, loaded, self.scheme.label)
+        agreement = evaluation.agreement(loaded, references)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
-        self.finish(loaded.model, perplexity, windows, segments)
+        self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
 
@@ -135,7 +143,7 @@ class Runner:
         plan = self.windows.plan(len(loaded.blocks))
         vocab_size = loaded.model.config.vocab_size
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
-        self.evaluation.prepare(loaded.tokenizer, vocab_size, loaded.context)
+        notes = self.evaluation.prepare(loaded)
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         loaded.model.to(self.device)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
@@ -161,6 +169,8 @@ class Runner:
             f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "
             f"activations on {place.name}"
         )
+        for note in notes:
+            self.console.print(note)
         return loaded, segments, plan, place
 
     def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
@@ -177,19 +187,21 @@ class Runner:
                     + f" of {segments.numel()}"
                 )
 
-    def evaluate(self, loaded: LoadedModel, what: str) -> dict[str, float]:
-        """Return the perplexity of each corpus in the model's present state."""
+    def score(
+        self,
+        measure: Callable[..., Scores],
+        loaded: LoadedModel,
+        what: str,
+        recall: Recall = NOT_RECALLED,
+        baseline: bool = False,
+    ) -> Scores | None:
+        """Measure the model in its present state and say what came out; None for a baseline that is not asked for."""
+        if baseline and not self.evaluation.baselines:
+            return None
         with self.stopwatch.phase("evaluation"):
-            perplexity = self.evaluation.perplexity(loaded.model)
-        for corpus, value in perplexity.items():
-            self.console.print(f"perplexity of {what} on {corpus}: {value:.4g}")
-        return perplexity
-
-    def evaluate_baseline(self, loaded: LoadedModel, what: str) -> dict[str, float | None]:
-        """Return the same of what the run is compared with, or None for each corpus where that is not asked for."""
-        if self.evaluation.baselines:
-            return self.evaluate(loaded, what)
-        return {corpus.name: None for corpus in self.evaluation.corpora}
+            scores = measure(loaded, recall, self.track)
+        print_scores(self.console, scores, what)
+        return scores
 
     def reconstruct(
         self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window], place: Place
@@ -201,18 +213,12 @@ class Runner:
             return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, progress.finish_window, place)
 
     def finish(
-        self, model: nn.Module, perplexity: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor
+        self, model: nn.Module, measured: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor
     ) -> None:
         """Complete and write the results, and close the curves."""
-        by_corpus = {
-            corpus: {state: values[corpus] for state, values in perplexity.items()}
-            for corpus in perplexity["quantized"]
-        }
         self.results |= {
             "status": "finished",
-            "perplexity": by_corpus,
-            "zero_shot": {},
-            "agreement": {},
+            **measured,
             "windows": [asdict(window) for window in windows],
             "effective_bits": effective_bits(model),
             "cost": {
@@ -224,13 +230,7 @@ class Runner:
                 "calibration_tokens": segments.numel(),
             },
         }
-        flat = {
-            f"perplexity/{corpus}/{state}": value
-            for corpus, states in by_corpus.items()
-            for state, value in states.items()
-            if value is not None
-        }
-        self.tracker.finish(flat | {"effective_bits": self.results["effective_bits"]})
+        self.tracker.finish(summary_figures(measured) | {"effective_bits": self.results["effective_bits"]})
         write_results(self.folder.path, self.results)
 
     def fail(self, error: BaseException) -> None:

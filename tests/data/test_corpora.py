@@ -84,7 +84,7 @@ def test_test_segments_are_the_text_in_order_without_its_tail(
     text: TextFile, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     ids = tokenizer(Path(text.path).read_text(encoding="utf-8"))["input_ids"]
-    segments = text.test_segments(tokenizer, 100)
+    segments = text.held_out(tokenizer, 100, 100).segments
     assert len(segments) == len(ids) // 100
     assert segments.flatten().tolist() == ids[: len(segments) * 100]
 
@@ -97,7 +97,7 @@ def test_long_text_prints_no_warning(
     text: TextFile, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture
 ) -> None:
     tokenizer.deprecation_warnings.clear()
-    text.test_segments(tokenizer, 100)
+    text.held_out(tokenizer, 100, 100)
     assert "".join(capfd.readouterr()) == ""
 
 
@@ -119,7 +119,7 @@ def test_bad_text(
     if content is not None:
         path.write_bytes(content)
     for cut in (
-        lambda: TextFile(str(path)).test_segments(tokenizer, segment_tokens),
+        lambda: TextFile(str(path)).held_out(tokenizer, segment_tokens, segment_tokens).segments,
         lambda: TextFile(str(path)).random_segments(tokenizer, 2, segment_tokens, seed=0),
     ):
         with pytest.raises(InputError, match=message) as error:
@@ -136,7 +136,7 @@ def test_embedded_calibrates_and_tests_on_different_files(
     monkeypatch.setattr(corpora, "embedded_text_folder", lambda: tmp_path)
     embedded = Embedded()
     assert set(tokenizer.decode(embedded.random_segments(tokenizer, 1, 16, seed=0)[0])) == set("abc ")
-    assert set(tokenizer.decode(embedded.test_segments(tokenizer, 16)[0])) == set("123 ")
+    assert set(tokenizer.decode(embedded.held_out(tokenizer, 16, 16).segments[0])) == set("123 ")
     assert embedded.sha256("calibration") != embedded.sha256("test")
 
 
@@ -152,7 +152,7 @@ def test_wikitext2_from_a_folder(
     wikitext2 = WikiText2(data_dir=str(folder))
     joined = {split: "\n\n".join(documents[split]) for split in documents}
     ids = tokenizer(joined["test"])["input_ids"]
-    assert wikitext2.test_segments(tokenizer, 64).flatten().tolist() == ids[: len(ids) // 64 * 64]
+    assert wikitext2.held_out(tokenizer, 64, 64).segments.flatten().tolist() == ids[: len(ids) // 64 * 64]
     assert tokenizer.decode(wikitext2.random_segments(tokenizer, 1, 64, seed=0)[0]).strip("\ufffd") in joined["train"]
     assert wikitext2.sha256("test") == hashlib.sha256(joined["test"].encode()).hexdigest()
 
@@ -167,11 +167,11 @@ def test_wikitext2_refuses_the_tokenized_form(tmp_path: Path) -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the project's shared data is not here")
 def test_real_wikitext2(tokenizer: PreTrainedTokenizerBase) -> None:
     raw = TextFile(str(SHARED / "wiki.test.raw"))
-    segments = raw.test_segments(tokenizer, 128)
+    segments = raw.held_out(tokenizer, 128, 128).segments
     assert segments.numel() > 200_000
     assert tokenizer.decode(segments[0]).lstrip().startswith("= Robert Boulter =")
     with pytest.raises(InputError, match="is the tokenized form"):  # what lies there as parquet is not the raw form
-        WikiText2(data_dir=str(SHARED)).test_segments(tokenizer, 128)
+        WikiText2(data_dir=str(SHARED)).held_out(tokenizer, 128, 128)
 
 
 # --- C4
@@ -202,7 +202,9 @@ def test_c4_draws_as_gptq_does(
     expected = gptq_segments(documents["train"], tokenizer, 16, 200, seed=3)
     assert c4.random_segments(tokenizer, 16, 200, seed=3).tolist() == expected
     assert c4.random_segments(tokenizer, 16, 200, seed=4).tolist() != expected
-    assert c4.test_segments(tokenizer, 200).tolist() == gptq_segments(documents["test"], tokenizer, 256, 200, seed=0)
+    assert c4.held_out(tokenizer, 200, 200).segments.tolist() == gptq_segments(
+        documents["test"], tokenizer, 256, 200, seed=0
+    )
     lines = "".join(document + "\n" for document in documents["test"])
     assert c4.sha256("test") == hashlib.sha256(lines.encode()).hexdigest()
 
@@ -282,7 +284,7 @@ def test_hub_cache_is_read_without_network(
     shutil.copytree(snapshot, tmp_path / "local")
     cached, local = CORPORA[name](None), CORPORA[name](str(tmp_path / "local"))
     assert torch.equal(cached.random_segments(tokenizer, 4, 32, 0), local.random_segments(tokenizer, 4, 32, 0))
-    assert torch.equal(cached.test_segments(tokenizer, 32), local.test_segments(tokenizer, 32))
+    assert torch.equal(cached.held_out(tokenizer, 32, 32).segments, local.held_out(tokenizer, 32, 32).segments)
     assert no_network == []
 
 

@@ -20,6 +20,8 @@ RESULTS = {
         "alone": {"full_precision": None, "rtn": None, "quantized": 6.0},
         "no gap": {"full_precision": 5.0, "rtn": 5.0, "quantized": 5.0},
     },
+    "zero_shot": {},
+    "agreement": {},
     "cost": {
         "wall_time_seconds": 252.0,
         "reconstruction_seconds": 200.4,

@@ -87,6 +87,12 @@ def failed_results(config: DictConfig, settings: dict, error: BaseException) -> 
     }
 
 
+def evaluate(config: DictConfig) -> None:
+    """Measure a checkpoint, a model, or one against the other; the figures go into the job's folder."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    instantiate(config.evaluator, folder=folder, settings=flatten(config)).run()
+
+
 def report(config: DictConfig) -> None:
     """Write the report of a sweep's folder."""
     experiments = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
@@ -95,5 +101,6 @@ def report(config: DictConfig) -> None:
 
 COMMANDS = {
     "quantize": Command("config", quantize, fills_folder=True),
+    "evaluate": Command("evaluate", evaluate, argument="checkpoint", fills_folder=True),
     "report": Command("report", report, argument="folder"),
 }

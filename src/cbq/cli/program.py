@@ -30,6 +30,7 @@ USAGE = """cbq: cross-block quantization of large language models
 Commands:
   quantize    quantize a model, evaluate it, save it
               (cbq quantize --help lists the option groups, cbq quantize --cfg job every option)
+  evaluate    measure without quantizing: cbq evaluate checkpoint=<folder> [model=<name> to compare with]
   report      the table and the plot of a sweep: cbq report multirun/table3c
 """
 

@@ -1,4 +1,4 @@
-"""The texts: embedded, a local file, WikiText-2 and C4, cut into segments of token ids. The only door to datasets.
+"""The texts: embedded, a local file, WikiText-2 and C4, cut into segments of token ids.
 
 Shapes: N segments, T tokens.
 """
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import datasets
 import torch
 from torch import LongTensor
 
-from cbq.errors import InputError, check_text
-from cbq.hub import fetch_file
+from cbq.data.files import find_file, read_rows, read_text
+from cbq.errors import InputError
 
 Split = Literal["calibration", "test"]
 # Any callable with the interface of a transformers tokenizer: `tokenizer(text, verbose=False)["input_ids"]`.
@@ -24,6 +23,19 @@ Tokenizer = Callable[..., Any]
 
 # The field's protocol for C4: so many segments of the validation documents, drawn with Python's generator and seed 0.
 C4_TEST_SEGMENTS = 256
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A test text, cut.
+
+    Args:
+        segments: token ids, (N, T).
+        bytes_per_token: the mean length in UTF-8 of what its tokens stand for.
+    """
+
+    segments: LongTensor
+    bytes_per_token: float
 
 
 class Corpus(Protocol):
@@ -35,8 +47,8 @@ class Corpus(Protocol):
         """Return `num_segments` random segments of the calibration part, (N, T)."""
         ...
 
-    def test_segments(self, tokenizer: Tokenizer, segment_tokens: int) -> LongTensor:
-        """Return the segments of the test part, (N, T)."""
+    def held_out(self, tokenizer: Tokenizer, segment_tokens: int, stride: int) -> HeldOut:
+        """Return the segments of the test part, each `stride` tokens after the one before it."""
         ...
 
     def sha256(self, split: Split) -> str:
@@ -74,21 +86,23 @@ class RunningText(ABC):
         starts = torch.randint(len(stream) - segment_tokens + 1, (num_segments, 1), generator=generator)
         return stream[starts + torch.arange(segment_tokens)]
 
-    def test_segments(self, tokenizer: Tokenizer, segment_tokens: int) -> LongTensor:
-        """Return the test part, tokenized as one text, cut into segments that do not overlap; the tail is dropped.
+    def held_out(self, tokenizer: Tokenizer, segment_tokens: int, stride: int) -> HeldOut:
+        """Return the test part, tokenized as one text and cut into segments; what does not fill one is dropped.
 
         Args:
             tokenizer: turns the text into ids.
             segment_tokens: T, at least 1.
-
-        Returns:
-            Token ids, (N, T).
+            stride: from the start of a segment to the start of the next, 1 to T; T: they do not overlap.
 
         Raises:
-            InputError: the text is missing, not UTF-8 or shorter than one segment, or `segment_tokens` is below 1.
+            InputError: the text is missing, not UTF-8 or shorter than one segment, or a number is out of range.
         """
+        check_stride(stride, segment_tokens)
         stream = self._tokenize(tokenizer, "test", segment_tokens)
-        return stream[: len(stream) // segment_tokens * segment_tokens].view(-1, segment_tokens)
+        num_bytes = len(self.text("test").encode())
+        return HeldOut(
+            stream.unfold(0, segment_tokens, stride), num_bytes / (len(stream) - count_special(tokenizer, stream))
+        )
 
     def sha256(self, split: Split) -> str:
         """Return the hash of a part's text in UTF-8, in hexadecimal."""
@@ -120,7 +134,7 @@ class TextFile(RunningText):
 
     def text(self, split: Split) -> str:
         """Return the whole file, whichever part is asked for."""
-        return _read_text(Path(self.path).expanduser())
+        return read_text(Path(self.path).expanduser())
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class Embedded(RunningText):
 
     def text(self, split: Split) -> str:
         """Return calibration.txt or test.txt."""
-        return _read_text(embedded_text_folder() / f"{split}.txt")
+        return read_text(embedded_text_folder() / f"{split}.txt")
 
 
 @dataclass(frozen=True)
@@ -149,8 +163,8 @@ class WikiText2(RunningText):
     def text(self, split: Split) -> str:
         """Return the train split for calibration, else the test split."""
         hub_split = "train" if split == "calibration" else "test"
-        path = _find_file("Salesforce/wikitext", f"wikitext-2-raw-v1/{hub_split}-00000-of-00001.parquet", self.data_dir)
-        text = "\n\n".join(_read_documents("parquet", path))
+        path = find_file("Salesforce/wikitext", f"wikitext-2-raw-v1/{hub_split}-00000-of-00001.parquet", self.data_dir)
+        text = "\n\n".join(read_rows("parquet", path, ["text"])["text"])
         # The other form has the same file names. Its perplexities are lower and compare with nobody's.
         if text.count("<unk>") * 10_000 > len(text):
             raise InputError(f"{path} is the tokenized form of WikiText-2, full of <unk>; give wikitext-2-raw-v1")
@@ -180,15 +194,20 @@ class C4:
         """
         return self._draw("calibration", tokenizer, num_segments, segment_tokens, seed)
 
-    def test_segments(self, tokenizer: Tokenizer, segment_tokens: int) -> LongTensor:
+    def held_out(self, tokenizer: Tokenizer, segment_tokens: int, stride: int) -> HeldOut:
         """Return 256 segments of random documents of the first validation file; always the same ones.
 
-        Args and Returns: as of `RunningText.test_segments`.
+        Args: as of `RunningText.held_out`, but only T is a `stride`: no segment goes on where another ends.
 
         Raises:
             InputError: a file is missing or corrupt, no document is longer than a segment, or a number is below 1.
         """
-        return self._draw("test", tokenizer, C4_TEST_SEGMENTS, segment_tokens, seed=0)
+        check_stride(stride, segment_tokens)
+        if stride != segment_tokens:
+            raise InputError(f"evaluation.stride must be null with c4, which is no running text, got {stride}")
+        segments = self._draw("test", tokenizer, C4_TEST_SEGMENTS, segment_tokens, seed=0)
+        num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(segments, skip_special_tokens=True))
+        return HeldOut(segments, num_bytes / (segments.numel() - count_special(tokenizer, segments)))
 
     def sha256(self, split: Split) -> str:
         """Return the hash of a part's documents in UTF-8, each followed by a line end, in hexadecimal."""
@@ -200,7 +219,7 @@ class C4:
     def _documents(self, split: Split) -> Sequence[str]:
         """Return the documents of a part."""
         shard = "train.00000-of-01024" if split == "calibration" else "validation.00000-of-00008"
-        return _read_documents("json", _find_file("allenai/c4", f"en/c4-{shard}.json.gz", self.data_dir))
+        return read_rows("json", find_file("allenai/c4", f"en/c4-{shard}.json.gz", self.data_dir), ["text"])["text"]
 
     def _draw(
         self, split: Split, tokenizer: Tokenizer, num_segments: int, segment_tokens: int, seed: int
@@ -252,45 +271,24 @@ def check_count(name: str, value: int) -> None:
         raise InputError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def check_stride(stride: int, segment_tokens: int) -> None:
+    """Refuse a stride that is no count, or leaves tokens out.
+
+    Raises:
+        InputError: it does.
+    """
+    check_count("segment_tokens", segment_tokens)
+    check_count("evaluation.stride", stride)
+    if stride > segment_tokens:
+        raise InputError(f"evaluation.stride must be at most {segment_tokens}, the length of a segment, got {stride}")
+
+
+def count_special(tokenizer: Tokenizer, ids: LongTensor) -> int:
+    """Return how many token ids stand for no text: a start of text that the tokenizer adds."""
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
+    return int(torch.isin(ids, special).sum())
+
+
 def embedded_text_folder() -> Path:
     """Return the folder of the package's own texts."""
     return Path(__file__).resolve().parents[1] / "pico"
-
-
-def _read_text(path: Path) -> str:
-    """Read a text file in UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"text file {path} is not UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"text file {path} cannot be read: {error.strerror}") from error
-
-
-def _find_file(repo_id: str, filename: str, data_dir: str | None) -> Path:
-    """Return the local path of a dataset's file: in the local folder if one is given, else in the hub cache."""
-    check_text("data_dir", data_dir, optional=True)
-    if data_dir is None:
-        return fetch_file(repo_id, filename)
-    folder = Path(data_dir).expanduser()
-    for path in (folder / filename, folder / Path(filename).name):
-        if path.is_file():
-            return path
-    raise InputError(f"data_dir {data_dir!r} holds neither {filename} nor {Path(filename).name} (of {repo_id})")
-
-
-def _read_documents(kind: Literal["parquet", "json"], path: Path) -> Sequence[str]:
-    """Return the `text` column of a file; datasets keeps it on disk, memory-mapped, and reads what is indexed."""
-    bars, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it also raises
-    try:
-        # Not load_dataset: even for a local file it reports its use to a server, with retries when there is no network.
-        read = datasets.Dataset.from_parquet if kind == "parquet" else datasets.Dataset.from_json
-        return read(str(path)).select_columns("text")["text"]
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, EOFError, StopIteration) as error:
-        raise InputError(f"{path} is not a {kind} file with a column `text`, or is corrupt") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()

@@ -111,6 +111,28 @@ def load_pretrained(
     return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
 
 
+def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
+    """Load a model folder to measure it, not to quantize it: of any architecture, and quantized already or not.
+
+    Args:
+        folder: what transformers loads.
+        dtype: as in `load_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    if dtype == "auto" and not torch.cuda.is_available():
+        dtype = "float32"
+    with quiet_transformers():
+        tokenizer = _read_tokenizer(folder, trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except Exception as error:  # each format of quantized weights has its own library, with errors of its own
+            raise InputError(f"transformers cannot load the model in {folder}: {first_line(error)}") from error
+    name = folder.resolve().name
+    return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(model.config), prompt="The")
+
+
 def results_name(path: str, name: str | None = None) -> str:
     """Return how results call a model: by its name, its folder's name or its hub id."""
     folder = _expanded(path)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cbq.cost import format_duration
+from cbq.report.scores import agreement_lines, task_table
 
 # Everything but newline and tab: generated text must not be able to steer the terminal.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -51,6 +52,12 @@ def print_summary(console: Console, results: dict, texts: dict[str, str], folder
     console.print()
     if results["perplexity"]:
         console.print(_perplexity_table(results))
+    if results["zero_shot"]:
+        console.print(task_table(results["zero_shot"]))
+    for line in agreement_lines(results["agreement"]):
+        _print_line(console, "Agreement", line)
+    if results["agreement"]:
+        console.print()
     for title, text in texts.items():
         console.print(Text(title, style="bold"))
         console.print(Text(CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text.strip())))
