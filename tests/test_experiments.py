@@ -20,6 +20,7 @@ WINDOWS = {(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)}
 PREPROCESSING = {"none", "omse", "percentile", "os", "smoothquant", "cfp_activation", "cfp"}
 # Counted by hand in the paper, less what no preset is for (RPTQ, QLLM) and full precision.
 JOBS = {
+    "table1": 11,
     "table2": 11,
     "table3a": 12,
     "table3b": 5,
@@ -116,6 +117,16 @@ def test_rounding_loss_and_rank(composed):
     assert {name: config.rounding.rank for name, config in cells(composed, "table12").items()} == {
         f"rank{rank}": rank for rank in range(3, 8)
     }
+
+
+def test_table_1_is_table_2_on_tasks(composed):
+    perplexities, tasks = cells(composed, "table2"), cells(composed, "table1")
+    assert tasks.keys() == perplexities.keys()
+    for name, config in tasks.items():
+        assert config.evaluation.tasks == ["piqa", "hellaswag", "arc_easy", "arc_challenge", "mutual", "ethics"]
+        assert config.evaluation.corpora == []
+        for group in ("quant", "preprocess", "rounding", "cbd", "loss", "reconstruction", "method"):
+            assert config[group] == perplexities[name][group]
 
 
 @pytest.mark.parametrize("table", ["table2", "table6", "table13", "table14"])

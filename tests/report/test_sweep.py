@@ -34,6 +34,29 @@ def test_models_and_corpora_are_columns(result):
     assert table.full_precision[PERPLEXITY].mean == 15.0
 
 
+def tasks(accuracy: float) -> dict:
+    """Return the scores of two tasks as a run has them."""
+    metrics = {"acc": accuracy, "acc_stderr": 0.01, "acc_norm": accuracy + 0.1, "acc_norm_stderr": 0.01}
+    mutual = {"r@1": accuracy, "r@1_stderr": 0.01, "r@2": 0.8, "r@2_stderr": 0.01, "mrr": 0.7, "mrr_stderr": 0.01}
+    return {
+        "piqa": {"full_precision": metrics | {"acc_norm": 0.9}, "quantized": metrics, "difference": {}},
+        "mutual": {"full_precision": {}, "quantized": mutual, "difference": {}},
+    }
+
+
+def test_tasks_are_columns_in_percent_and_more_is_better(result):
+    runs = [result(rounding=kind) | {"zero_shot": tasks(score)} for kind, score in (("lora", 0.6), ("nearest", 0.5))]
+    table = sweep_table([*runs, result(rounding="adaround")])
+    names = ["embedded", "piqa acc_norm", "mutual mrr", "mutual r@1", "mutual r@2", "seconds", "GiB"]
+    assert [what for _, what in table.columns] == names
+    assert table.rows["lora",]["pico", "piqa acc_norm"].format() == "70.00"
+    assert table.rows["adaround",]["pico", "piqa acc_norm"].format() == "-"
+    assert table.best(("pico", "piqa acc_norm")) == {("lora",)}
+    assert table.full_precision["pico", "piqa acc_norm"].format() == "90.00"
+    assert ("pico", "mutual mrr") not in table.full_precision
+    assert table.corpora == {"embedded"}
+
+
 def test_what_follows_from_a_choice_is_no_label(result):
     runs = [
         result(rounding="lora", **{"rounding.rank": 5}),

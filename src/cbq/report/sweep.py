@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from cbq.errors import InputError
-from cbq.report.columns import COSTS, MEMORY, SECONDS
+from cbq.report.columns import COSTS, MEMORY, SECONDS, cost_of, figure_of, is_task, measured
 from cbq.report.paper import FULL_PRECISION, comparable, figure, place
 from cbq.results import RESULTS_NAME, read_results
 
@@ -20,8 +20,9 @@ NOT_A_ROW = (
     "tracking",
     "activations",
     "debug",
-    "evaluation.batch_size",
+    "evaluation.batch_tokens",
     "evaluation.baselines",
+    "evaluation.cache_dir",
 )
 STATES = {"failed": "failed", "running": "unfinished"}
 MISSING = "missing"
@@ -89,7 +90,7 @@ class SweepTable:
     @property
     def corpora(self) -> set[str]:
         """What perplexity is measured on."""
-        return {what for _, what in self.columns} - COSTS
+        return {what for _, what in self.columns if not is_task(what)} - COSTS
 
     def names(self, row: tuple[str, ...]) -> tuple[str, ...]:
         """Return a row's labels, without the table's name where all experiments are of one table."""
@@ -97,7 +98,8 @@ class SweepTable:
         return (row[0].removeprefix(f"{tables.pop()}_"), *row[1:]) if len(tables) == 1 else row
 
     def best(self, column: tuple[str, str]) -> set[tuple[str, ...]]:
-        """Return the rows whose mean is the smallest of a column, among two or more of one scheme."""
+        """Return the rows whose mean is the best of a column, among two or more of one scheme."""
+        choose = max if is_task(column[1]) else min
         means: dict[str, dict[tuple[str, ...], float]] = {}
         for row, scheme in self.schemes.items():
             value = self.rows[row][column].mean
@@ -108,7 +110,7 @@ class SweepTable:
             for rows in means.values()
             if len(rows) > 1
             for row, value in rows.items()
-            if value == min(rows.values())
+            if value == choose(rows.values())
         }
 
 
@@ -152,11 +154,7 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
         rows = dict(sorted(rows.items(), key=lambda item: place(item[0][0])))
     full_precision = {}
     for model, corpus in columns:
-        found = {
-            run["perplexity"][corpus]["full_precision"]
-            for run in runs
-            if run["model"] == model and corpus in run.get("perplexity", {})
-        }
+        found = {figure_of(run, corpus, "full_precision") for run in runs if run["model"] == model}
         if numbers := tuple(sorted(number for number in found if number is not None)):
             full_precision[model, corpus] = Value(numbers, total=len(numbers))
     schemes = {
@@ -209,11 +207,10 @@ def telling(runs: Sequence[dict]) -> list[str]:
 
 
 def value_columns(runs: Sequence[dict]) -> list[tuple[str, str]]:
-    """Return each model with each of its corpora, then with time and memory."""
+    """Return each model with each of its corpora and tasks, then with time and memory."""
     columns: dict[tuple[str, str], None] = {}
     for run in sorted(runs, key=lambda run: run["model"]):
-        for corpus in run.get("perplexity", {}):
-            columns[run["model"], corpus] = None
+        columns |= dict.fromkeys((run["model"], what) for what in measured(run))
     for model in sorted({run["model"] for run in runs}):
         columns |= {(model, SECONDS): None, (model, MEMORY): None}
     return list(columns)
@@ -230,21 +227,14 @@ def row_values(by_model: dict[str, list[dict]], columns: Sequence[tuple[str, str
     for model, what in columns:
         runs = by_model.get(model, [])
         finished = [run for run in runs if run["status"] == "finished"]
-        measured = [run for run in finished if what in COSTS or what in run["perplexity"]]
-        numbers = [number for run in measured if (number := value_of(run, what)) is not None]
+        did = [run for run in finished if what in COSTS or what in measured(run)]
+        numbers = [number for run in did if (number := value_of(run, what)) is not None]
         states = sorted({STATES.get(run["status"], "") for run in runs} - {""})
-        text = "not finite" if measured else ", ".join(states) or ("-" if runs else MISSING)
+        text = "not finite" if did else ", ".join(states) or ("-" if runs else MISSING)
         values[model, what] = Value(tuple(numbers), text, len(runs))
     return values
 
 
 def value_of(run: dict, what: str) -> float | None:
-    """Return what a finished run says: the perplexity on a corpus, the seconds of reconstruction, or peak memory."""
-    if what == SECONDS:
-        return run["cost"]["reconstruction_seconds"]
-    if what == MEMORY:
-        cost = run["cost"]
-        return (
-            cost["peak_host_memory_gib"] if cost["peak_device_memory_gib"] is None else cost["peak_device_memory_gib"]
-        )
-    return run["perplexity"][what]["quantized"]
+    """Return what a finished run says: of a corpus, a task, its seconds or its memory."""
+    return cost_of(run, what) if what in COSTS else figure_of(run, what, "quantized")
