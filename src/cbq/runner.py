@@ -10,16 +10,18 @@ from rich.console import Console
 from torch import nn
 
 from cbq.activations import stream_bytes
-from cbq.checkpoint import fused_linears, save_checkpoint
+from cbq.checkpoint import save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
+from cbq.exporter import Export, NoExport
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
+from cbq.quant.linear import fused_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
@@ -53,6 +55,7 @@ class Runner:
         activations: where the hidden states between blocks are kept.
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
+        export: what is written for engines at the end.
         folder: the run folder.
         method: its name, and which schemes it is for.
         settings: every option, flat, for results.
@@ -74,6 +77,7 @@ class Runner:
         activations: StreamPlacement,
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
+        export: Export | NoExport,
         folder: RunFolder,
         method: Method,
         settings: dict,
@@ -93,6 +97,7 @@ class Runner:
         self.activations = activations
         self.tracker = tracker
         self.profile = profile and profile(folder.path)
+        self.export = export
         self.folder = folder
         self.method = method
         self.settings = settings
@@ -120,6 +125,7 @@ class Runner:
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
         self.finish(loaded.model, perplexity, windows, segments)
+        self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
 
@@ -137,6 +143,7 @@ class Runner:
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
         self.evaluation.prepare(loaded.tokenizer, vocab_size, loaded.context)
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
+        self.export.check(loaded.model)
         loaded.model.to(self.device)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
         place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
@@ -232,6 +239,13 @@ class Runner:
         }
         self.tracker.finish(flat | {"effective_bits": self.results["effective_bits"]})
         write_results(self.folder.path, self.results)
+
+    def publish(self, loaded: LoadedModel) -> None:
+        """Write the model for an engine, if that is asked for, and record it."""
+        exported = self.export.publish(loaded, self.folder.path / "export", self.evaluation, self.results)
+        if exported:
+            self.results["export"] = exported
+            write_results(self.folder.path, self.results)
 
     def fail(self, error: BaseException) -> None:
         """Write down that the run failed, if it had begun."""

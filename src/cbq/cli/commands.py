@@ -93,7 +93,13 @@ def report(config: DictConfig) -> None:
     SweepReport(config.folder, experiments).run()
 
 
+def export(config: DictConfig) -> None:
+    """Write a checkpoint in the format of an engine."""
+    instantiate(config.command, checkpoint=config.checkpoint).run()
+
+
 COMMANDS = {
     "quantize": Command("config", quantize, fills_folder=True),
+    "export": Command("export", export, argument="checkpoint"),
     "report": Command("report", report, argument="folder"),
 }

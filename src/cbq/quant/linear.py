@@ -174,3 +174,8 @@ def fuse_linears_(module: nn.Module) -> None:
 def quant_linears(modules: nn.Module | list[nn.Module]) -> list[QuantLinear]:
     """Return every `QuantLinear` below `modules`, in order."""
     return [module for module in quantized_modules(modules) if isinstance(module, QuantLinear)]
+
+
+def fused_linears(model: nn.Module) -> list[tuple[str, FusedLinear]]:
+    """Return every fused linear of a model with its qualified name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FusedLinear)]

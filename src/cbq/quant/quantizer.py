@@ -211,6 +211,12 @@ class StaticActQuantizer(ActQuantizer):
     def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.initial_scale, self.zero_point
 
+    @torch.no_grad()
+    def learned_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the learned step size and the zero point, () each, float32."""
+        multiplier = self.clip_ratio * self.range_multiplier.clamp_min(SMALLEST_MULTIPLIER)
+        return self.initial_scale * multiplier, self.zero_point
+
 
 def act_quantizers(modules: nn.Module | list[nn.Module]) -> list[ActQuantizer]:
     """Return every activation quantizer in or below `modules`, in order."""

@@ -160,3 +160,8 @@ class QuantScheme:
     def quantizes_qkv(self) -> bool:
         """Whether queries, keys and values are quantized."""
         return self.qkv_bits != FULL_PRECISION_BITS
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a linear of this scheme differs from full precision."""
+        return self.quantizes_weights or self.quantizes_activations
