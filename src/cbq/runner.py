@@ -16,6 +16,7 @@ from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.perplexity import PerplexityEvaluation
+from cbq.export.targets import NoTarget, Target
 from cbq.exporter import Export, NoExport
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
@@ -55,6 +56,7 @@ class Runner:
         activations: where the hidden states between blocks are kept.
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
+        target: which engine it is for.
         export: what is written for engines at the end.
         folder: the run folder.
         method: its name, and which schemes it is for.
@@ -77,6 +79,7 @@ class Runner:
         activations: StreamPlacement,
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
+        target: NoTarget | Target,
         export: Export | NoExport,
         folder: RunFolder,
         method: Method,
@@ -88,7 +91,8 @@ class Runner:
         if profile is not None and not callable(profile):
             raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
         self.load_model = load_model
-        self.scheme = scheme
+        self.scheme = target.constrain(scheme)
+        self.constraints = changes(scheme, self.scheme)
         self.preprocess = preprocess
         self.windows = windows
         self.solver = solver
@@ -97,10 +101,11 @@ class Runner:
         self.activations = activations
         self.tracker = tracker
         self.profile = profile and profile(folder.path)
+        self.target = target
         self.export = export
         self.folder = folder
         self.method = method
-        self.settings = settings
+        self.settings = settings | {f"quant.{name}": value for name, value in self.constraints.items()}
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.console = Console(highlight=False)
@@ -168,6 +173,9 @@ class Runner:
             f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "
             f"activations on {place.name}"
         )
+        if self.constraints:
+            said = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
+            self.console.print(f"for target={self.target.name}: {said}", soft_wrap=True)
         return loaded, segments, plan, place
 
     def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
@@ -264,3 +272,8 @@ def effective_bits(model: nn.Module) -> float:
             zero_point_bits = 0 if linear.scheme.symmetric else linear.scheme.weight_bits
             bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
     return bits / weights
+
+
+def changes(wanted: QuantScheme, found: QuantScheme) -> dict:
+    """Return the fields of a scheme that a target changed, with their new values."""
+    return {key: value for key, value in asdict(found).items() if value != asdict(wanted)[key]}

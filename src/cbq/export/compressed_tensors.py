@@ -102,9 +102,9 @@ class CompressedTensors(Format):
         if not scheme.symmetric:
             found["weight_zero_point"] = zero_point
         if scheme.quantizes_activations and scheme.act_granularity == "tensor":
-            scale, act_zero_point = linear.act_quantizer.learned_qparams()
+            scale, zero_point = linear.act_quantizer.learned_qparams()
             found["input_scale"] = scale.view(1)
-            found["input_zero_point"] = signed(act_zero_point.view(1), scheme.act_bits)
+            found["input_zero_point"] = zero_point.view(1).to(torch.int8)
         return found
 
     def quantization_config(self, schemes: Mapping[str, QuantScheme], others: list[str]) -> dict:
@@ -131,9 +131,10 @@ class CompressedTensors(Format):
         return config.to_dict()
 
     def is_exact(self, schemes: Mapping[str, QuantScheme]) -> bool:
-        # With a zero point of activations the library adds it before it rounds: at ties, and in the last digit, the
-        # integers are others.
-        return all(scheme.act_symmetric or not scheme.quantizes_activations for scheme in schemes.values())
+        with_activations = [scheme for scheme in schemes.values() if scheme.quantizes_activations]
+        return all(scheme.act_symmetric or scheme.engine_activations for scheme in with_activations) and not any(
+            map(divides_otherwise, with_activations)
+        )
 
     def load_engine(self, folder: Path, schemes: Mapping[str, QuantScheme], device: torch.device) -> nn.Module:
         return load_quantized(folder, device, dequantize=needs_dequantize(schemes))
@@ -171,12 +172,23 @@ class CompressedTensors(Format):
             notes.append(
                 "transformers drops the quantization of activations with CompressedTensorsConfig(dequantize=True)."
             )
+        if any(map(divides_otherwise, with_activations)):
+            notes.append(
+                "Activations are absmax / (2^(b - 1) - 1) steps, as vLLM computes them; transformers divides by "
+                "2^(b - 1) - 0.5 and so computes something a little else."
+            )
         if needs_dequantize(schemes):
             notes.append(
                 "The weights have packed zero points: vLLM loads them, transformers only with "
                 "quantization_config=CompressedTensorsConfig(dequantize=True)."
             )
         return notes
+
+
+def divides_otherwise(scheme: QuantScheme) -> bool:
+    """Return whether the library finds another step size for each token than cbq did."""
+    default = scheme.act_denominator in (None, 2 ** (scheme.act_bits - 1) - 0.5)
+    return scheme.act_granularity == "token" and not default
 
 
 def needs_dequantize(schemes: Mapping[str, QuantScheme]) -> bool:
