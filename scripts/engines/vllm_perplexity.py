@@ -44,7 +44,7 @@ def main() -> None:
         for token, found in zip(segment[1:], output.prompt_logprobs[1:], strict=True)
     ]
     text = llm.generate([given["prompt"]], SamplingParams(max_tokens=24, temperature=0), use_tqdm=False)
-    result = {"perplexity": math.exp(sum(nll) / len(nll)), "tokens": len(nll), "text": text[0].outputs[0].text}
+    result = {"perplexity": math.exp(sum(nll) / len(nll)), "nll": nll, "text": text[0].outputs[0].text}
     Path(result_file).write_text(json.dumps(result))
 
 

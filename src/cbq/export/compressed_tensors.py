@@ -18,9 +18,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import nn
 
 from cbq.errors import InputError
-from cbq.export.formats import Format
+from cbq.export.formats import Format, signed
 from cbq.models.engine import load_quantized
-from cbq.quant.linear import FusedLinear
+from cbq.quant.linear import FusedLinear, QuantLinear
 from cbq.quant.scheme import FULL_PRECISION_BITS, QuantScheme
 
 PACKED, UNPACKED = "pack-quantized", "int-quantized"
@@ -40,16 +40,6 @@ def layout(scheme: QuantScheme) -> str:
     """
     kernel = scheme.group_size == -1 and (scheme.weight_bits, scheme.act_bits) in INTEGER_KERNELS
     return UNPACKED if scheme.quantizes_activations and (kernel or not scheme.symmetric) else PACKED
-
-
-def signed(integers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return unsigned integers or zero points of `bits` bits as signed ones, int8.
-
-    Example:
-        >>> signed(torch.tensor([0, 8, 15], dtype=torch.uint8), 4)
-        tensor([-8,  0,  7], dtype=torch.int8)
-    """
-    return (integers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
 def weight_arguments(scheme: QuantScheme) -> QuantizationArgs:
@@ -81,8 +71,8 @@ class CompressedTensors(Format):
     name = "compressed_tensors"
     engine = "transformers"
 
-    def check_linear(self, name: str, scheme: QuantScheme) -> None:
-        if not scheme.quantizes_weights:
+    def check_linear(self, name: str, linear: QuantLinear | FusedLinear) -> None:
+        if not linear.scheme.quantizes_weights:
             raise InputError(
                 f"export={self.name}: {name} has quantized activations and full-precision weights, which no engine "
                 f"computes: quant.weight_bits=8, or quant.act_bits={FULL_PRECISION_BITS}"

@@ -55,12 +55,13 @@ class Format(ABC):
                 f"export={self.name}: transformers loads no quantized experts ({experts[0]}): leave them as they are "
                 r"by quant.overrides=[{linears: '.*\.experts\..*', weight_bits: 16, act_bits: 16}]"
             )
-        for name, scheme in quantized.items():
-            self.check_linear(name, scheme)
+        for name in quantized:
+            self.check_linear(name, model.get_submodule(name))
+        self.quantization_config(quantized, other_linears(model, quantized))
 
     @abstractmethod
-    def check_linear(self, name: str, scheme: QuantScheme) -> None:
-        """Refuse a quantized linear that the format has no place for.
+    def check_linear(self, name: str, linear: QuantLinear | FusedLinear) -> None:
+        """Refuse a quantized linear that the format has no place for, by its name and itself.
 
         Raises:
             InputError: it has none.
@@ -77,6 +78,9 @@ class Format(ABC):
         Args:
             schemes: of the quantized linears, by name.
             others: the names of all other linears.
+
+        Raises:
+            InputError: the format has no words for it.
         """
 
     @abstractmethod
@@ -141,7 +145,7 @@ def quantized_schemes(model: nn.Module) -> dict[str, QuantScheme]:
 
 def other_linears(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> list[str]:
     """Return the names of what engines could take for quantized linears and what is none: `lm_head`, routers, ..."""
-    kinds = (nn.Linear, FusedLinear)
+    kinds = (nn.Linear, QuantLinear, FusedLinear)
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in schemes]
 
 
@@ -160,3 +164,13 @@ def check_multiplier(name: str, linear: FusedLinear) -> None:
             f"{name} multiplies the range of its activations by {multiplier:.4g}, which no engine does: "
             "quantize with target=transformers or target=vllm"
         )
+
+
+def signed(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return unsigned integers or zero points of `bits` bits as signed ones, int8.
+
+    Example:
+        >>> signed(torch.tensor([0, 8, 15], dtype=torch.uint8), 4)
+        tensor([-8,  0,  7], dtype=torch.int8)
+    """
+    return (integers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)

@@ -91,7 +91,7 @@ class Transformers(Target):
 
 
 class VLLM(Target):
-    """vLLM's CPU build 0.32: W4A16 in bfloat16, W8A8 with integer products.
+    """vLLM's CPU build 0.32: W4A16 in bfloat16; W8A8 and W4A8 with integer products.
 
     Args:
         scale_dtype: what vLLM computes W4A16 in.
@@ -113,13 +113,18 @@ class VLLM(Target):
             if scheme.weight_bits != 4 or scheme.group_size not in self.group_sizes:
                 raise self.refusal(scheme, weight_bits=4, group_size=nearest(scheme.group_size, self.group_sizes))
             return replace(scheme, act_denominator=None, scale_dtype=self.scale_dtype)
-        if (scheme.weight_bits, scheme.act_bits, scheme.group_size) != (8, 8, -1):
-            raise self.refusal(scheme, weight_bits=8, act_bits=8, group_size=-1)
+        if (scheme.act_bits, scheme.group_size, scheme.act_granularity) != (8, -1, "token") or (
+            scheme.weight_bits not in (4, 8)
+        ):
+            bits = nearest(scheme.weight_bits, (4, 8))
+            raise self.refusal(scheme, weight_bits=bits, act_bits=8, group_size=-1, act_granularity="token")
+        integer_products = scheme.weight_bits == 8
         return replace(
             scheme,
             symmetric=True,
-            act_symmetric=True,
-            act_denominator=127,
+            # Whatever the checkpoint says, the kernel of W4A8 finds both ends of a token's range.
+            act_symmetric=integer_products,
+            act_denominator=127 if integer_products else None,
             engine_activations=True,
             scale_dtype="float32",
         )
