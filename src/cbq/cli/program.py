@@ -31,6 +31,7 @@ Commands:
   quantize    quantize a model, evaluate it, save it
               (cbq quantize --help lists the option groups, cbq quantize --cfg job every option)
   export      write a checkpoint for an engine: cbq export outputs/<date>/<time> export=compressed_tensors
+  generate    continue a text: cbq generate outputs/<date>/<time> prompt="..." [compare=true]
   report      the table and the plot of a sweep: cbq report multirun/table3c
 """
 
