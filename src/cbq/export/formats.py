@@ -9,7 +9,6 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.models.families import find_family
-from cbq.models.linears import to_stored
 from cbq.models.loading import PreTrainedModel, PreTrainedTokenizerBase, quiet_transformers
 from cbq.quant.attention import qkv_quantizers
 from cbq.quant.linear import FusedLinear, QuantLinear, fused_linears
@@ -44,16 +43,19 @@ class Format(ABC):
             raise InputError(f"export={self.name}: no linear is quantized")
         if qkv_quantizers(model):
             raise InputError(f"export={self.name}: engines do not quantize queries, keys and values: quant.qkv_bits=16")
+        if family.experts:
+            raise InputError(f"export={self.name}: transformers loads no quantized folder of a mixture of experts")
         if family.stored_transposed:
             raise InputError(
                 f"export={self.name}: engines read quantized weights of nn.Linear only, and those of "
                 f"{model.config.model_type} are transposed"
             )
-        experts = [name for name in quantized if family.experts and f".{family.experts}." in name]
-        if experts:
+        flat = family.flattens_tokens and any(found_anew(scheme) for scheme in quantized.values())
+        if flat:
             raise InputError(
-                f"export={self.name}: transformers loads no quantized experts ({experts[0]}): leave them as they are "
-                r"by quant.overrides=[{linears: '.*\.experts\..*', weight_bits: 16, act_bits: 16}]"
+                f"export={self.name}: {model.config.model_type} flattens the tokens of a batch, where "
+                "transformers finds one range of activations for all of them: quant.act_bits=16 or "
+                "quant.act_granularity=tensor"
             )
         for name in quantized:
             self.check_linear(name, model.get_submodule(name))
@@ -123,7 +125,6 @@ class Format(ABC):
             for name, tensor in model.state_dict().items()
             if name not in left_out and ".act_quantizer." not in name
         }
-        state = to_stored(model.config, state, [name for name in linears if name not in quantized])
         for name, linear in quantized.items():
             state |= {f"{name}.{part}": tensor.contiguous() for part, tensor in self.tensors(linear).items()}
         schemes = {name: linear.scheme for name, linear in quantized.items()}
@@ -134,6 +135,11 @@ class Format(ABC):
                 tokenizer.save_pretrained(folder)
         finally:
             del model.config.quantization_config
+
+
+def found_anew(scheme: QuantScheme) -> bool:
+    """Return whether a linear's activations have a range of their own for each token."""
+    return scheme.quantizes_activations and scheme.act_granularity == "token"
 
 
 def quantized_schemes(model: nn.Module) -> dict[str, QuantScheme]:
@@ -156,7 +162,7 @@ def check_multiplier(name: str, linear: FusedLinear) -> None:
         InputError: a dynamic range has a multiplier.
     """
     quantizer = linear.act_quantizer
-    if quantizer is None or linear.scheme.act_granularity != "token":
+    if quantizer is None or not found_anew(linear.scheme):
         return
     multiplier = (quantizer.clip_ratio * quantizer.range_multiplier).item()
     if multiplier != 1:

@@ -48,7 +48,7 @@ class Target(ABC):
             }
             given = {name: getattr(found, name) for name in OF_LINEARS if name in override}
             overrides.append({"linears": override["linears"]} | given | different)
-        return replace(base, overrides=overrides)
+        return replace(base, overrides=overrides or scheme.overrides)
 
     def constrain_linear(self, scheme: QuantScheme) -> QuantScheme:
         """Return the scheme that the engine computes for a linear; one in full precision stays.

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def load_quantized(
     """
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     # The libraries print progress bars for every step, the last one at the first forward.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dequantize is said beside what the folder says, as it must be
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
         model.eval().to(device)
         model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
