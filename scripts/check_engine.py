@@ -15,11 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
 import cbq
 from cbq.evaluation.comparison import compare_logits
 from cbq.exporter import held_out_segments
-from cbq.models.loading import load_embedded, load_pretrained
-from cbq.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 SEGMENTS = 32
@@ -58,10 +59,7 @@ def main() -> int:
     options = parser.parse_args()
     quantized = cbq.load(options.run / "checkpoint")
     segments = held_out_segments(quantized)[:SEGMENTS]
-    settings = read_results(options.run)["settings"]
-    base = (
-        load_pretrained(settings["model.path"]) if "model.path" in settings else load_embedded(settings["model.name"])
-    )
+    base = instantiate(OmegaConf.load(options.run / "config.yaml").model)()
     compared = compare_logits(quantized.model, base.model, segments)
     ours, full_precision = compared.perplexity, compared.other_perplexity
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +68,7 @@ def main() -> int:
         script = ROOT / "scripts" / "engines" / ENVIRONMENTS[options.engine][2]
         exported = options.export or options.run / "export"
         command = [build(options.engine), script, exported, given, result, options.dtype]
-        subprocess.run(command, check=True, env=None)
+        subprocess.run(command, check=True)
         engine = json.loads(result.read_text())
     found = engine["perplexity"]
     print(f"perplexity in cbq {ours:.4f}, through {options.engine} {found:.4f} ({found / ours - 1:+.2%})")
