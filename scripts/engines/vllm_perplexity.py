@@ -1,10 +1,9 @@
-"""Runs in vLLM's environment: the perplexity of a folder on given tokens, and a generated text, as JSON.
+"""Runs in vLLM's environment: the log likelihoods of given tokens, and a generated text, as JSON.
 
 python vllm_perplexity.py FOLDER SEGMENTS.json RESULT.json [DTYPE]
 """
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -44,7 +43,7 @@ def main() -> None:
         for token, found in zip(segment[1:], output.prompt_logprobs[1:], strict=True)
     ]
     text = llm.generate([given["prompt"]], SamplingParams(max_tokens=24, temperature=0), use_tqdm=False)
-    result = {"perplexity": math.exp(sum(nll) / len(nll)), "nll": nll, "text": text[0].outputs[0].text}
+    result = {"nll": nll, "text": text[0].outputs[0].text}
     Path(result_file).write_text(json.dumps(result))
 
 
