@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -18,9 +20,11 @@ os.environ |= {
 
 
 def main() -> None:
+    folder, segments_file, result_file, *dtype = sys.argv[1:]
+    if dtype == ["float32"]:  # its W8A8 kernel for AMX is chosen for any type, and then takes half precisions only
+        torch.cpu._is_amx_tile_supported = lambda: False
     from vllm import LLM, SamplingParams
 
-    folder, segments_file, result_file, *dtype = sys.argv[1:]
     given = json.loads(Path(segments_file).read_text())
     segments = given["segments"]
     llm = LLM(

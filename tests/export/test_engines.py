@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
     ("engine", "options", "dtype"),
     [
         ("vllm", ["quant=w4a16", "target=vllm", "export=compressed_tensors"], "bfloat16"),
-        ("vllm", ["quant=w8a8", "target=vllm", "export=compressed_tensors"], "bfloat16"),
+        ("vllm", ["quant=w8a8", "target=vllm", "export=compressed_tensors"], "float32"),
         ("gptq", ["quant=w2a16", "target=autoround", "export=autoround"], "float16"),
         ("gptq", ["quant=w4a16", "target=autoround", "export=autoround"], "float16"),
         ("gptq", ["quant=w4a16", "quant.group_size=128", "target=autoround", "export=gptq"], "float16"),
