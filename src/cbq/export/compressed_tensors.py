@@ -82,8 +82,8 @@ class CompressedTensors(Format):
         scheme = linear.scheme
         integers = signed(linear.integers, scheme.weight_bits)
         zero_point = signed(linear.zero_point, scheme.weight_bits)
-        dtype = linear.weight.dtype if scheme.scale_dtype == "weight" else getattr(torch, scheme.scale_dtype)
-        found = {"weight_scale": linear.weight_scale.to(dtype)}  # which its values fit in
+        # In float32 whatever its values fit in: readers multiply in the type of the scale.
+        found = {"weight_scale": linear.weight_scale}
         if layout(scheme) == PACKED:
             found["weight_packed"] = pack_to_int32(integers, scheme.weight_bits)
             found["weight_shape"] = torch.tensor(integers.shape)
