@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cbq.checkpoint import QUANTIZED_FILE, fused_linears, load_checkpoint, save_checkpoint
+from cbq.checkpoint import QUANTIZED_FILE, load_checkpoint, save_checkpoint
 from cbq.errors import InputError
 from cbq.models.loading import LoadedModel, load_pretrained
-from cbq.quant.linear import fuse_linears_, quant_linears
+from cbq.quant.linear import fuse_linears_, fused_linears, quant_linears
 from cbq.quant.quantizer import act_quantizers
 from cbq.quant.rounding import DenseSTE
 from cbq.quant.scheme import QuantScheme

@@ -22,17 +22,17 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.models.attention import hook_attention_
+from cbq.models.engine import load_as_it_is
 from cbq.models.linears import to_linears_, to_stored
 from cbq.models.loading import (
     LoadedModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    load_as_it_is,
     load_pretrained,
     quiet_transformers,
 )
-from cbq.quant.attention import QKVQuantizer
-from cbq.quant.linear import FusedLinear, make_act_quantizer
+from cbq.quant.attention import QKVQuantizer, qkv_quantizers
+from cbq.quant.linear import FusedLinear, fused_linears, make_act_quantizer
 from cbq.quant.quantizer import ActQuantizer
 from cbq.quant.scheme import MODEL_WIDE, QuantScheme
 from cbq.quant.state import QuantState
@@ -146,6 +146,20 @@ def load_any(folder: str | Path) -> LoadedModel:
     return load_checkpoint(path) if (path / QUANTIZED_FILE).is_file() else load_as_it_is(path)
 
 
+def find_checkpoint(path: str) -> Path:
+    """Return the folder of a checkpoint, given that or the folder of the run that made it.
+
+    Raises:
+        InputError: neither holds a checkpoint.
+    """
+    if not isinstance(path, str) or not path:
+        raise InputError(f"checkpoint must be a folder, got {path!r}")
+    for folder in (Path(path), Path(path) / "checkpoint"):
+        if (folder / QUANTIZED_FILE).is_file():
+            return folder
+    raise InputError(f"checkpoint {path} is neither a checkpoint of cbq nor the folder of a finished run")
+
+
 def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict[str, torch.Tensor]) -> FusedLinear:
     """Return the fused form of a linear from its stored tensors; a KeyError if one is missing."""
     weights, activations = scheme.quantizes_weights, scheme.quantizes_activations
@@ -176,17 +190,3 @@ def load_qkv_quantizer_(attention: nn.Module, options: dict, name: str, tensors:
         multiplier.copy_(tensors[f"{name}.{part}"])
     quantizer.state = QuantState.LEARNED
     attention.qkv_quantizer = quantizer.to(next(attention.parameters()).device)
-
-
-def qkv_quantizers(model: nn.Module) -> list[tuple[str, QKVQuantizer]]:
-    """Return every quantizer of queries, keys and values with the qualified name of its attention module."""
-    return [
-        (name.removesuffix(".qkv_quantizer"), module)
-        for name, module in model.named_modules()
-        if isinstance(module, QKVQuantizer)
-    ]
-
-
-def fused_linears(model: nn.Module) -> list[tuple[str, FusedLinear]]:
-    """Return every fused linear of a model with its qualified name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, FusedLinear)]

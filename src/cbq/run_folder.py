@@ -15,7 +15,17 @@ from cbq.results import RESULTS_NAME, read_results
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"
-OUTPUTS = (RESULTS_NAME, CONFIG_NAME, "metrics.csv", "checkpoint", "wandb", "state", "trace.json", "profile.txt")
+OUTPUTS = (
+    RESULTS_NAME,
+    CONFIG_NAME,
+    "metrics.csv",
+    "checkpoint",
+    "export",
+    "wandb",
+    "state",
+    "trace.json",
+    "profile.txt",
+)
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
 NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "runner")
 

@@ -12,17 +12,20 @@ from rich.progress import track
 from torch import nn
 
 from cbq.activations import stream_bytes
-from cbq.checkpoint import fused_linears, save_checkpoint
+from cbq.checkpoint import save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
 from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.recall import Recall
+from cbq.export.targets import NoTarget, Target
+from cbq.exporter import Export, NoExport
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
+from cbq.quant.linear import fused_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
@@ -57,6 +60,8 @@ class Runner:
         activations: where the hidden states between blocks are kept.
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
+        target: which engine it is for.
+        export: what is written for engines at the end.
         folder: the run folder.
         method: its name, and which schemes it is for.
         settings: every option, flat, for results.
@@ -78,6 +83,8 @@ class Runner:
         activations: StreamPlacement,
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
+        target: NoTarget | Target,
+        export: Export | NoExport,
         folder: RunFolder,
         method: Method,
         settings: dict,
@@ -88,7 +95,8 @@ class Runner:
         if profile is not None and not callable(profile):
             raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
         self.load_model = load_model
-        self.scheme = scheme
+        self.scheme = target.constrain(scheme)
+        self.constraints = changes(scheme, self.scheme)
         self.preprocess = preprocess
         self.windows = windows
         self.solver = solver
@@ -97,9 +105,11 @@ class Runner:
         self.activations = activations
         self.tracker = tracker
         self.profile = profile and profile(folder.path)
+        self.target = target
+        self.export = export
         self.folder = folder
         self.method = method
-        self.settings = settings
+        self.settings = settings | {f"quant.{name}": value for name, value in self.constraints.items()}
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.console = Console(highlight=False)
@@ -128,6 +138,7 @@ class Runner:
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
         self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
+        self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
 
@@ -145,6 +156,7 @@ class Runner:
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
         notes = self.evaluation.prepare(loaded)
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
+        self.export.check(loaded.model)
         loaded.model.to(self.device)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
         place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
@@ -171,6 +183,9 @@ class Runner:
         )
         for note in notes:
             self.console.print(note)
+        if self.constraints:
+            said = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
+            self.console.print(f"for target={self.target.name}: {said}", soft_wrap=True)
         return loaded, segments, plan, place
 
     def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
@@ -233,6 +248,13 @@ class Runner:
         self.tracker.finish(summary_figures(measured) | {"effective_bits": self.results["effective_bits"]})
         write_results(self.folder.path, self.results)
 
+    def publish(self, loaded: LoadedModel) -> None:
+        """Write the model for an engine, if that is asked for, and record it."""
+        exported = self.export.publish(loaded, self.folder.path / "export", self.results)
+        if exported:
+            self.results["export"] = exported
+            write_results(self.folder.path, self.results)
+
     def fail(self, error: BaseException) -> None:
         """Write down that the run failed, if it had begun."""
         if self.results:
@@ -250,3 +272,8 @@ def effective_bits(model: nn.Module) -> float:
             zero_point_bits = 0 if linear.scheme.symmetric else linear.scheme.weight_bits
             bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
     return bits / weights
+
+
+def changes(wanted: QuantScheme, found: QuantScheme) -> dict:
+    """Return the fields of a scheme that a target changed, with their new values."""
+    return {key: value for key, value in asdict(found).items() if value != asdict(wanted)[key]}

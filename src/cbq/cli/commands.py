@@ -7,13 +7,14 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from cbq.checkpoint import find_checkpoint
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten
 from cbq.models.loading import results_name
 from cbq.report.command import SweepReport
 from cbq.results import environment, failure, write_results
-from cbq.run_folder import RunFolder
+from cbq.run_folder import CONFIG_NAME, RunFolder
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Command:
         task: what it does with the composed configuration.
         argument: the option that a bare first word is a value of, if it takes one.
         fills_folder: hydra's output folder is its own, made for it.
+        texts: options that are any text, which hydra would parse.
     """
 
     config_name: str
     task: Callable[[DictConfig], None]
     argument: str | None = None
     fills_folder: bool = False
+    texts: tuple[str, ...] = ()
 
     def overrides(self, words: list[str]) -> list[str]:
         """Return what hydra is to be told for the words after the command's name; a path that is there is no option.
@@ -38,12 +41,24 @@ class Command:
         Example:
             >>> Command("report", print, argument="folder").overrides(["multirun/it's", "x=1"])
             ["folder='multirun/it\\\\'s'", 'x=1']
+            >>> Command("generate", print, texts=("prompt",)).overrides(["prompt=def f(x):", "seed=1"])
+            ["prompt='def f(x):'", 'seed=1']
         """
+        words = [self._quoted(word) for word in words]
         option = not words or words[0].startswith("-") or ("=" in words[0] and not Path(words[0]).exists())
         if not self.argument or option:
             return words
-        quoted = words[0].replace("\\", "\\\\").replace("'", "\\'")
-        return [f"{self.argument}='{quoted}'", *words[1:]]
+        return [f"{self.argument}={quote(words[0])}", *words[1:]]
+
+    def _quoted(self, word: str) -> str:
+        """Return an option that is a text in quotes, if it has none; any other as it is."""
+        key, _, value = word.partition("=")
+        return f"{key}={quote(value)}" if key in self.texts and value and value[0] not in "'\"" else word
+
+
+def quote(text: str) -> str:
+    """Return a text that hydra takes for one value."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def quantize(config: DictConfig) -> None:
@@ -99,8 +114,24 @@ def report(config: DictConfig) -> None:
     SweepReport(config.folder, experiments).run()
 
 
+def export(config: DictConfig) -> None:
+    """Write a checkpoint in the format of an engine."""
+    instantiate(config.command, checkpoint=config.checkpoint).run()
+
+
+def generate(config: DictConfig) -> None:
+    """Continue a prompt, beside the model that a run started from if that is wanted."""
+    load_base = None
+    run_config = find_checkpoint(config.checkpoint).parent / CONFIG_NAME
+    if config.compare and run_config.is_file():
+        load_base = instantiate(OmegaConf.load(run_config).model)
+    instantiate(config.command, checkpoint=config.checkpoint, prompt=config.prompt, load_base=load_base).run()
+
+
 COMMANDS = {
     "quantize": Command("config", quantize, fills_folder=True),
     "evaluate": Command("evaluate", evaluate, argument="checkpoint", fills_folder=True),
+    "export": Command("export", export, argument="checkpoint"),
+    "generate": Command("generate", generate, argument="checkpoint", texts=("prompt",)),
     "report": Command("report", report, argument="folder"),
 }

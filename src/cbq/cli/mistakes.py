@@ -24,8 +24,13 @@ EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "s
 SIGNATURE_ERROR = re.compile(r"unexpected keyword argument|missing \d+ required")
 
 
-def explain(error: BaseException | None) -> str | None:
-    """Return the user's mistake behind an error in one line, or None if the fault is ours."""
+def explain(error: BaseException | None, config_name: str = "config") -> str | None:
+    """Return the user's mistake behind an error in one line, or None if the fault is ours.
+
+    Args:
+        error: what was raised.
+        config_name: the primary file of the command.
+    """
     chain = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -37,7 +42,7 @@ def explain(error: BaseException | None) -> str | None:
             key = getattr(link, "full_key", None) or one_line(link)
             return f"{key} is required: give {key}=<value>"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
-            return unknown_key(link)
+            return unknown_key(link, config_name)
         if isinstance(link, MissingConfigException):
             if link.missing_cfg_file in EXTRAS:
                 return f"this launcher needs an extra: pip install 'cbq[{EXTRAS[link.missing_cfg_file]}]'"
@@ -54,13 +59,13 @@ def explain(error: BaseException | None) -> str | None:
     return None
 
 
-def unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+def unknown_key(error: ConfigKeyError | ConfigAttributeError, config_name: str) -> str:
     """Return what key a user may have meant, given the choices of groups on the command line."""
     key = error.full_key or str(error.key)
     groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
     choices = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-        config = hydra.compose("config", overrides=choices)
+        config = hydra.compose(config_name, overrides=choices)
     for missing in OmegaConf.missing_keys(config):
         OmegaConf.update(config, missing, None)
     options = [option for option in (*flatten(config), *config) if option not in NOT_OPTIONS]

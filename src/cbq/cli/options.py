@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from cbq.errors import InputError
 
 NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "hydra"}
-NOT_OPTIONS = {"runner", "defaults", "hydra"}
+NOT_OPTIONS = {"runner", "command", "defaults", "hydra"}
 
 
 def conf_dir() -> str:

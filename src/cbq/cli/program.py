@@ -31,6 +31,8 @@ Commands:
   quantize    quantize a model, evaluate it, save it
               (cbq quantize --help lists the option groups, cbq quantize --cfg job every option)
   evaluate    measure without quantizing: cbq evaluate checkpoint=<folder> [model=<name> to compare with]
+  export      write a checkpoint for an engine: cbq export outputs/<date>/<time> export=compressed_tensors
+  generate    continue a text: cbq generate outputs/<date>/<time> prompt="..." [compare=true]
   report      the table and the plot of a sweep: cbq report multirun/table3c
 """
 
@@ -59,7 +61,7 @@ def main() -> None:
         print("cbq: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        line = explain(error)
+        line = explain(error, chosen.config_name)
         if line is None and isinstance(error, OSError) and not jobs.started:
             line = f"hydra.run.dir {error.filename} cannot be made: {error.strerror}"
         if line is None:
@@ -104,7 +106,7 @@ def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:
     try:
         command.task(config)
     except Exception as error:
-        line = explain(error)
+        line = explain(error, command.config_name)
         if command.fills_folder:
             withdraw(path)
         jobs.failed += [job.job.num] if in_sweep else []

@@ -31,6 +31,7 @@ class Family:
         calls_by_batch: what the model passes to its blocks besides hidden states depends on the number of segments.
         stored_transposed: checkpoints have the weights of the blocks' linears as (in, out).
         experts: the dotted name of a block's mixture of experts, if it has one.
+        flattens_tokens: its feed-forward sees the tokens of a batch in one dimension.
         excluded: parameters of a block with two or more dimensions that stay as they are, each with the reason.
     """
 
@@ -42,6 +43,7 @@ class Family:
     calls_by_batch: bool = False
     stored_transposed: bool = False
     experts: str | None = None
+    flattens_tokens: bool = False
     excluded: tuple[tuple[str, str], ...] = ()
 
 
@@ -59,7 +61,7 @@ FAMILIES = (
     Family(("gemma3_text",), "model.layers", GEMMA_2, attention="self_attn", gain_offset=1.0),
     Family(("phi",), "model.layers", pairs.phi, attention="self_attn"),
     Family(("phi3",), "model.layers", pairs.phi3, attention="self_attn"),
-    Family(("opt",), "model.decoder.layers", pairs.opt, attention="self_attn"),
+    Family(("opt",), "model.decoder.layers", pairs.opt, attention="self_attn", flattens_tokens=True),
     Family(("bloom",), "transformer.h", pairs.bloom, calls_by_batch=True),
     Family(("gpt_neox",), "gpt_neox.layers", pairs.gpt_neox, attention="attention"),
     Family(("falcon",), "transformer.h", pairs.falcon, calls_by_batch=True),

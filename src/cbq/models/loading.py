@@ -111,28 +111,6 @@ def load_pretrained(
     return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
 
 
-def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
-    """Load a model folder to measure it, not to quantize it: of any architecture, and quantized already or not.
-
-    Args:
-        folder: what transformers loads.
-        dtype: as in `load_pretrained`.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    if dtype == "auto" and not torch.cuda.is_available():
-        dtype = "float32"
-    with quiet_transformers():
-        tokenizer = _read_tokenizer(folder, trust_remote_code=False)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        except Exception as error:  # each format of quantized weights has its own library, with errors of its own
-            raise InputError(f"transformers cannot load the model in {folder}: {first_line(error)}") from error
-    name = folder.resolve().name
-    return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(model.config), prompt="The")
-
-
 def results_name(path: str, name: str | None = None) -> str:
     """Return how results call a model: by its name, its folder's name or its hub id."""
     folder = _expanded(path)
@@ -167,7 +145,7 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
         raise InputError(f"model folder {folder} {defect}")
     with quiet_transformers():
         config = _read_config(folder, trust_remote_code)
-        tokenizer = _read_tokenizer(folder, trust_remote_code)
+        tokenizer = read_tokenizer(folder, trust_remote_code)
         # Added tokens may lie beyond: Gemma 3's stands for an image, which its text model never sees.
         added = tokenizer.get_added_vocab()
         largest = max((index for token, index in tokenizer.get_vocab().items() if token not in added), default=-1)
@@ -194,7 +172,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a model folder."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)

@@ -13,7 +13,7 @@ from cbq.errors import InputError, check_flag
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.affine import to_groups
 from cbq.quant.linear import QuantLinear
-from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
+from cbq.quant.quantizer import ActQuantizer, WeightQuantizer, act_quantizers
 from cbq.streams.places import ON_DEVICE, Place
 
 RATIOS = tuple(1 - step / 20 for step in range(15))  # of the whole range that searches try: 1 to 0.3
@@ -104,7 +104,15 @@ class Clipping(ABC):
             blocks: its blocks.
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
+
+        Raises:
+            InputError: ranges of activations are wanted, where they are fixed.
         """
+        if self.activations and any(not quantizer.has_multiplier for quantizer in act_quantizers(list(blocks))):
+            raise InputError(
+                "preprocess.activations must be false with quant.engine_activations=true, as of a target: engines "
+                "cover the whole range of each token"
+            )
         statistics = input_statistics(model, blocks, segments, place, self.num_samples)
         for block, of_linears in zip(blocks, statistics, strict=True):
             for name, inputs in of_linears.items():

@@ -32,7 +32,7 @@ def to_groups(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def choose_qparams_affine(
-    values: torch.Tensor, bits: int, symmetric: bool, denominator: float | None = None
+    values: torch.Tensor, bits: int, symmetric: bool, denominator: float | None = None, quant_min: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the scale and zero point that cover the range of `values` over its last dimension.
 
@@ -44,6 +44,7 @@ def choose_qparams_affine(
         symmetric: the range is [-absmax, absmax] and the zero point 2^(bits - 1); otherwise [min, max].
         denominator: symmetric only: absmax / denominator is the scale. Engines differ between 2^(bits - 1) - 0.5
             (the default, which uses every integer) and 2^(bits - 1) - 1.
+        quant_min: smallest integer; engines count from -2^(bits - 1).
 
     Returns:
         scale and zero_point, (..., 1) each, float32; zero_point holds integers.
@@ -55,16 +56,16 @@ def choose_qparams_affine(
         >>> choose_qparams_affine(torch.tensor([[-1.5, 0.5]]), bits=2, symmetric=True)[0].item()
         1.0
     """
-    quant_min, quant_max = quant_range(bits)
+    steps = 2**bits - 1
     values = values.float()
     if symmetric:
         largest = values.abs().amax(-1, keepdim=True)
-        scale = (largest / (denominator or quant_max / 2)).clamp_min(SMALLEST_SCALE)
-        return scale, torch.full_like(scale, 2 ** (bits - 1))
+        scale = (largest / (denominator or steps / 2)).clamp_min(SMALLEST_SCALE)
+        return scale, torch.full_like(scale, quant_min + 2 ** (bits - 1))
     # Not aminmax: over a dimension it is nine times as slow as the two together on a CPU.
     low, high = values.amin(-1, keepdim=True).clamp_max(0), values.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / quant_max).clamp_min(SMALLEST_SCALE)
-    return scale, (-low / scale).round().clamp(quant_min, quant_max)
+    scale = ((high - low) / steps).clamp_min(SMALLEST_SCALE)
+    return scale, (quant_min - low / scale).clamp(quant_min, quant_min + steps).round()
 
 
 class _RoundSTE(torch.autograd.Function):
@@ -89,6 +90,30 @@ def round_ste(x: torch.Tensor) -> torch.Tensor:
         tensor([1., 1.])
     """
     return _RoundSTE.apply(x)
+
+
+class _RoundToDtypeSTE(torch.autograd.Function):
+    """Rounding to a narrower type whose gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        limits = torch.finfo(dtype)
+        smallest = limits.smallest_normal * limits.eps
+        return x.clamp(smallest, limits.max).to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def round_scale_ste(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return positive scales that `dtype` can hold, positive still, in their own dtype; the gradient passes through.
+
+    Example:
+        >>> round_scale_ste(torch.tensor([0.1, 1e-9]), torch.float16)
+        tensor([9.9976e-02, 5.9605e-08])
+    """
+    return scale if dtype == scale.dtype else _RoundToDtypeSTE.apply(scale, dtype)
 
 
 def quantize_affine(

@@ -50,3 +50,12 @@ def quantize_qkv_(attentions: Iterable[nn.Module], scheme: QuantScheme) -> None:
         return
     for attention in attentions:
         attention.qkv_quantizer = QKVQuantizer(scheme.qkv_bits, scheme.act_symmetric, scheme.act_denominator)
+
+
+def qkv_quantizers(model: nn.Module) -> list[tuple[str, QKVQuantizer]]:
+    """Return every quantizer of queries, keys and values with the qualified name of its attention module."""
+    return [
+        (name.removesuffix(".qkv_quantizer"), module)
+        for name, module in model.named_modules()
+        if isinstance(module, QKVQuantizer)
+    ]

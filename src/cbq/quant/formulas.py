@@ -96,6 +96,12 @@ def straight_through_backward(gradient, penalty_gradient, groups, logits, grid, 
     return scale_gradient.sub_(steps.div_(grid.scale).mul_(steps_gradient).sum(-1, keepdim=True))
 
 
+def zero_point_first_forward(groups, logits, grid, beta, out):
+    """round(x / s + z), as engines compute it: at ties, and in the last digit, not always round(x / s) + z."""
+    steps = (groups / grid.scale).add_(grid.zero_point).round_().clamp_(grid.quant_min, grid.quant_max)
+    torch.mul(steps.sub_(grid.zero_point), grid.scale, out=out)
+
+
 def nearest_backward(gradient, penalty_gradient, groups, logits, grid, beta, out):
     """Without logits: the gradient of what is quantized itself."""
     steps = groups / grid.scale
@@ -163,6 +169,7 @@ def penalty_backward(penalty_gradient, values, beta):
 
 
 NEAREST = Formula(straight_through_forward, nearest_backward)  # of weights without a learned rounding, and of inputs
+ZERO_POINT_FIRST = Formula(zero_point_first_forward, nearest_backward)  # of inputs
 SOFT_SIGMOID = Formula(soft_forward, soft_backward)
 HARD_SIGMOID = Formula(hard_forward, hard_backward)
 

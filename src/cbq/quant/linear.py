@@ -18,7 +18,7 @@ from cbq.quant.state import Quantized, QuantState, quantized_modules
 def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
     """Return the activation quantizer of a linear of `scheme`."""
     kind = ACT_QUANTIZERS[scheme.act_granularity]
-    return kind(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator)
+    return kind(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator, scheme.engine_activations)
 
 
 class QuantLinear(Quantized):
@@ -42,8 +42,9 @@ class QuantLinear(Quantized):
         self.weight_quantizer: WeightQuantizer | None = None
         self.act_quantizer: ActQuantizer | None = None
         if scheme.quantizes_weights:
+            dtype = linear.weight.dtype if scheme.scale_dtype == "weight" else getattr(torch, scheme.scale_dtype)
             self.weight_quantizer = WeightQuantizer(
-                linear.weight, scheme.weight_bits, scheme.group_size, scheme.symmetric
+                linear.weight, scheme.weight_bits, scheme.group_size, scheme.symmetric, dtype
             )
         if scheme.quantizes_activations:
             self.act_quantizer = make_act_quantizer(scheme)
@@ -174,3 +175,8 @@ def fuse_linears_(module: nn.Module) -> None:
 def quant_linears(modules: nn.Module | list[nn.Module]) -> list[QuantLinear]:
     """Return every `QuantLinear` below `modules`, in order."""
     return [module for module in quantized_modules(modules) if isinstance(module, QuantLinear)]
+
+
+def fused_linears(model: nn.Module) -> list[tuple[str, FusedLinear]]:
+    """Return every fused linear of a model with its qualified name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FusedLinear)]

@@ -13,9 +13,10 @@ from cbq.quant.affine import (
     fake_quantize_affine,
     quant_range,
     quantize_affine,
+    round_scale_ste,
     to_groups,
 )
-from cbq.quant.formulas import NEAREST
+from cbq.quant.formulas import NEAREST, ZERO_POINT_FIRST
 from cbq.quant.fused import fake_quantize
 from cbq.quant.kernels import Blocked, Kernels
 from cbq.quant.logits import Fusion, NoLogits
@@ -31,6 +32,7 @@ class WeightQuantizer(nn.Module):
         bits: 2 to 8.
         group_size: input features that share a scale; -1 for one scale a row.
         symmetric: no zero point.
+        scale_dtype: what scales are rounded to.
 
     Attributes:
         kernels: what computes `forward`.
@@ -44,13 +46,21 @@ class WeightQuantizer(nn.Module):
     Source: S_W of Eq. 5 and 9.
     """
 
-    def __init__(self, weight: torch.Tensor, bits: int, group_size: int = -1, symmetric: bool = False) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bits: int,
+        group_size: int = -1,
+        symmetric: bool = False,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         if group_size != -1 and weight.shape[1] % group_size:
             raise InputError(f"quant.group_size must divide the {weight.shape[1]} input features, got {group_size}")
         self.bits = bits
         self.group_size = group_size
         self.symmetric = symmetric
+        self.scale_dtype = scale_dtype
         self.quant_min, self.quant_max = quant_range(bits)
         for name in ("low", "high", "initial_scale", "initial_zero_point"):
             self.register_buffer(name, None)
@@ -77,7 +87,8 @@ class WeightQuantizer(nn.Module):
         if shares is not None:
             self.low, self.high = self.low * shares[0], self.high * shares[1]
         ends = torch.cat([self.low, self.high], dim=-1)
-        self.initial_scale, self.initial_zero_point = choose_qparams_affine(ends, self.bits, self.symmetric)
+        scale, self.initial_zero_point = choose_qparams_affine(ends, self.bits, self.symmetric)
+        self.initial_scale = round_scale_ste(scale, self.scale_dtype)
 
     @torch.no_grad()
     def covered_shares(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +100,9 @@ class WeightQuantizer(nn.Module):
     def grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the learned scale, positive, and zero point, (O, G, 1), float32."""
         initial = self.initial_scale, self.initial_zero_point
-        return self.step_size.grid(Covered(self.low, self.high, *initial, self.quant_max, self.symmetric))
+        covered = Covered(self.low, self.high, *initial, self.quant_max, self.symmetric)
+        scale, zero_point = self.step_size.grid(covered)
+        return round_scale_ste(scale, self.scale_dtype), zero_point
 
     @property
     def scale(self) -> torch.Tensor:
@@ -136,6 +149,7 @@ class WeightQuantizer(nn.Module):
         """Return `weight` (O, I) rounded to nearest, its whole range covered, float32: as without any learning."""
         groups = to_groups(weight.float(), self.group_size)
         scale, zero_point = choose_qparams_affine(groups, self.bits, self.symmetric)
+        scale = round_scale_ste(scale, self.scale_dtype)
         return fake_quantize_affine(groups, scale, zero_point, self.quant_min, self.quant_max).flatten(1)
 
 
@@ -146,6 +160,7 @@ class ActQuantizer(nn.Module):
         bits: 2 to 8.
         symmetric: no zero point.
         denominator: see `choose_qparams_affine`.
+        as_engine: as engines compute: no multiplier, signed integers, the zero point added before rounding.
 
     Attributes:
         clip_ratio: share of the range that preprocessing leaves, (); 1 at the start. Never learned.
@@ -155,21 +170,32 @@ class ActQuantizer(nn.Module):
         one a linear, starting at 1 (METHOD 4).
     """
 
-    def __init__(self, bits: int, symmetric: bool = False, denominator: float | None = None) -> None:
+    def __init__(
+        self, bits: int, symmetric: bool = False, denominator: float | None = None, as_engine: bool = False
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.symmetric = symmetric
         self.denominator = denominator
-        self.quant_min, self.quant_max = quant_range(bits)
+        self.as_engine = as_engine
+        self.quant_min = -(2 ** (bits - 1)) if as_engine else 0
+        self.quant_max = self.quant_min + 2**bits - 1
         self.register_buffer("clip_ratio", torch.ones(()))
         self.range_multiplier = nn.Parameter(torch.ones(()))
         self.kernels: Kernels = Blocked()
+
+    @property
+    def has_multiplier(self) -> bool:
+        """Whether the range has a multiplier, learned or from preprocessing."""
+        return not self.as_engine
 
     def set_range_(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Do nothing: each token brings its own range."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., T, I) quantized and dequantized, in its own dtype."""
+        if not self.has_multiplier:
+            return self.nearest(x)
         return self.quantize(x, self.clip_ratio * self.range_multiplier.clamp_min(SMALLEST_MULTIPLIER))
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +204,7 @@ class ActQuantizer(nn.Module):
 
     def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scale and the zero point of each token of x (..., T, I), (..., T, 1)."""
-        return choose_qparams_affine(x, self.bits, self.symmetric, self.denominator)
+        return choose_qparams_affine(x, self.bits, self.symmetric, self.denominator, self.quant_min)
 
     def quantize(self, x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
         """Return x (..., T, I) quantized and dequantized with step sizes `multiplier` times those of its range."""
@@ -187,29 +213,44 @@ class ActQuantizer(nn.Module):
         # One row for each step size: a token, or all of a tensor.
         rows, scale = x.reshape(scale.numel(), -1), (scale * multiplier).view(-1, 1, 1)
         grid = scale, scale, zero_point.view(-1, 1, 1), (self.quant_min, self.quant_max)
-        return fake_quantize(self.kernels, Fusion(NEAREST, NoLogits()), rows, *grid)[0].view_as(x)
+        formula = ZERO_POINT_FIRST if self.as_engine else NEAREST
+        return fake_quantize(self.kernels, Fusion(formula, NoLogits()), rows, *grid)[0].view_as(x)
 
 
 class StaticActQuantizer(ActQuantizer):
     """Quantizes all activations of a linear's input with one step size, found on the calibration data.
 
-    Its arguments are those of `ActQuantizer`; `set_range_` must be called before it is used.
+    Its arguments are those of `ActQuantizer`; it has a multiplier always: engines store the product. `set_range_` must
+    be called before it is used.
 
     Source: S_X of Eq. 5, read as one learned step size a linear (METHOD 4).
     """
 
-    def __init__(self, bits: int, symmetric: bool = False, denominator: float | None = None) -> None:
-        super().__init__(bits, symmetric, denominator)
+    def __init__(
+        self, bits: int, symmetric: bool = False, denominator: float | None = None, as_engine: bool = False
+    ) -> None:
+        super().__init__(bits, symmetric, denominator, as_engine)
         self.register_buffer("initial_scale", torch.tensor(float("nan")))
         self.register_buffer("zero_point", torch.tensor(float("nan")))
 
+    @property
+    def has_multiplier(self) -> bool:
+        return True
+
     def set_range_(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Cover values from `low` () to `high` ()."""
-        scale, zero_point = choose_qparams_affine(torch.stack([low, high]), self.bits, self.symmetric, self.denominator)
+        ends = torch.stack([low, high])
+        scale, zero_point = choose_qparams_affine(ends, self.bits, self.symmetric, self.denominator, self.quant_min)
         self.initial_scale, self.zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
 
     def qparams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.initial_scale, self.zero_point
+
+    @torch.no_grad()
+    def learned_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the learned step size and the zero point of signed integers, () each, float32."""
+        multiplier = self.clip_ratio * self.range_multiplier.clamp_min(SMALLEST_MULTIPLIER)
+        return self.initial_scale * multiplier, self.zero_point - (self.quant_min + 2 ** (self.bits - 1))
 
 
 def act_quantizers(modules: nn.Module | list[nn.Module]) -> list[ActQuantizer]:

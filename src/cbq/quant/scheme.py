@@ -8,6 +8,7 @@ from cbq.errors import InputError, check_flag
 
 FULL_PRECISION_BITS = 16
 ACT_GRANULARITIES = ("token", "tensor")
+SCALE_DTYPES = ("float32", "bfloat16", "float16", "weight")
 MODEL_WIDE = ("qkv_bits", "overrides")  # what is not said of a single linear
 
 
@@ -25,6 +26,10 @@ class QuantScheme:
             None, or 2^(act_bits - 1) - 1.
         act_granularity: `token`, a range found anew for each token, the paper's setting; or `tensor`, one range a
             linear, found on the calibration data.
+        engine_activations: activations as engines compute them: no S_X on the range of a token, and the zero point
+            added before rounding.
+        scale_dtype: what weight scales are rounded to wherever they are used: `float32`, `bfloat16`, `float16`, or
+            `weight`, that of the weight.
         qkv_bits: of queries, keys and values after their position embedding, each token of each head by its own range;
             2 to 8, or 16 (not quantized, the paper's setting).
         overrides: exceptions, each a dict of `linears`, a regular expression for the whole name of a linear, and the
@@ -55,6 +60,8 @@ class QuantScheme:
     act_symmetric: bool = False
     act_denominator: float | None = None
     act_granularity: str = "token"
+    engine_activations: bool = False
+    scale_dtype: str = "float32"
     qkv_bits: int = FULL_PRECISION_BITS
     overrides: Sequence[Mapping] = ()
 
@@ -67,12 +74,11 @@ class QuantScheme:
             raise InputError(f"quant.group_size must be an integer, got {self.group_size!r}")
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"quant.group_size must be -1 (per channel) or at least 1, got {self.group_size}")
-        for name in ("symmetric", "act_symmetric"):
+        for name in ("symmetric", "act_symmetric", "engine_activations"):
             check_flag(f"quant.{name}", getattr(self, name))
-        if self.act_granularity not in ACT_GRANULARITIES:
-            raise InputError(
-                f"quant.act_granularity must be one of {', '.join(ACT_GRANULARITIES)}, got {self.act_granularity!r}"
-            )
+        for name, choices in (("act_granularity", ACT_GRANULARITIES), ("scale_dtype", SCALE_DTYPES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"quant.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.act_denominator is not None:
             half = 2 ** (self.act_bits - 1)
             if not self.act_symmetric or self.act_bits == FULL_PRECISION_BITS:
@@ -103,6 +109,10 @@ class QuantScheme:
         except re.error as error:
             raise InputError(f"quant.overrides: {override['linears']!r} is no regular expression: {error}") from None
         return replace(self, overrides=(), **{key: value for key, value in override.items() if key != "linears"})
+
+    def overridden(self) -> list["QuantScheme"]:
+        """Return the scheme that each override makes of this one alone."""
+        return [self._with(override) for override in self.overrides]
 
     def matching(self, names: Iterable[str]) -> list[int]:
         """Return which overrides apply to a linear that is called by any of `names`."""
@@ -160,3 +170,8 @@ class QuantScheme:
     def quantizes_qkv(self) -> bool:
         """Whether queries, keys and values are quantized."""
         return self.qkv_bits != FULL_PRECISION_BITS
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a linear of this scheme differs from full precision."""
+        return self.quantizes_weights or self.quantizes_activations

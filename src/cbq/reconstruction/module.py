@@ -104,7 +104,7 @@ class WindowModule(L.LightningModule):
     ) -> dict[str, dict]:
         """Return optimizer groups by logged name, without the empty ones and those of rate 0."""
         weight_scales = [p for q in self.quantizers if isinstance(q, WeightQuantizer) for p in q.parameters()]
-        act_scales = [quantizer.range_multiplier for quantizer in act_quantizers(list(self.blocks))]
+        act_scales = [q.range_multiplier for q in act_quantizers(list(self.blocks)) if q.has_multiplier]
         rounding_rate = self.roundings[0].learning_rate if self.roundings else 0.0
         groups = {
             "weight_scale": (weight_scales, learning_rates.weight_scale),

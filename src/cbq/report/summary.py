@@ -63,7 +63,13 @@ def print_summary(console: Console, results: dict, texts: dict[str, str], folder
         console.print(Text(CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text.strip())))
         console.print()
     _print_line(console, "Cost", _cost(results["cost"]))
-    written = {"Checkpoint": "checkpoint", "Results": "results.json", "Curves": "metrics.csv", "W&B": "wandb"}
+    written = {
+        "Checkpoint": "checkpoint",
+        "Export": "export",
+        "Results": "results.json",
+        "Curves": "metrics.csv",
+        "W&B": "wandb",
+    }
     for label, name in written.items():
         if (folder / name).exists() and (folder / name).stat().st_size:
             _print_line(console, label, str(folder / name))

@@ -1,0 +1,1 @@
+"""Export: checkpoints that inference engines load, with the same answers."""

@@ -1,0 +1,167 @@
+"""From a finished model to a folder that an engine loads, proved before it gets its name."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from torch import LongTensor
+
+from cbq.data.corpora import CORPORA
+from cbq.errors import InputError, check_flag, check_text
+from cbq.evaluation.comparison import Comparison, compare_logits
+from cbq.export.card import card
+from cbq.export.formats import Format, quantized_schemes
+from cbq.export.size import measure
+from cbq.models.loading import LoadedModel, PreTrainedModel
+
+HELD_OUT_TOKENS = 256
+CLOSE = 0.01  # of the perplexity, where an engine's arithmetic is not ours to the bit
+
+
+class Disagreement(RuntimeError):
+    """An engine does not compute what the model in memory does."""
+
+
+class NoExport:
+    """Writes nothing."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse nothing."""
+
+    def publish(self, loaded: LoadedModel, default: Path, results: dict) -> None:
+        """Do nothing."""
+
+
+class Export:
+    """Writes a finished model in the format of an engine.
+
+    Args:
+        format: of the engine.
+        out: the folder to write; None: `export` beside the checkpoint. It must not exist.
+        verify: load the folder with the engine and compare, before it gets its name.
+        verify_segments: of held-out text that are compared on; None: all.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+
+    def __init__(
+        self, format: Format, out: str | None = None, verify: bool = True, verify_segments: int | None = 16
+    ) -> None:
+        check_text("export.out", out, optional=True)
+        check_flag("export.verify", verify)
+        number = isinstance(verify_segments, int) and not isinstance(verify_segments, bool)
+        if verify_segments is not None and not (number and verify_segments > 0):
+            raise InputError(
+                f"export.verify_segments must be an integer of at least 1, or null, got {verify_segments!r}"
+            )
+        self.format = format
+        self.out = out
+        self.verify = verify
+        self.verify_segments = verify_segments
+        self.console = Console(highlight=False)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse what the format has no place for, before any work is done.
+
+        Args:
+            model: its blocks' linears either made quantizable, or fused.
+
+        Raises:
+            InputError: the model does not fit, or the folder is there already.
+        """
+        if self.out is not None:
+            check_free(Path(self.out))
+        self.format.check(model)
+
+    def publish(self, loaded: LoadedModel, default: Path, results: dict) -> dict:
+        """Write the folder, prove it, and return what results say of it.
+
+        Args:
+            loaded: the finished model.
+            default: the folder where none is chosen.
+            results: of the run that made the model, as far as they are known: for the model card.
+
+        Raises:
+            InputError: the model does not fit, or the folder is there already.
+            Disagreement: the engine computes something else. There is no folder then.
+        """
+        folder = Path(self.out) if self.out else default
+        check_free(folder)
+        schemes = quantized_schemes(loaded.model)
+        unproved = folder.with_name(f".{folder.name}.unproved")
+        try:
+            shutil.rmtree(unproved, ignore_errors=True)
+            self.format.write(loaded.model, loaded.tokenizer, unproved)
+            size = measure(unproved, loaded.model, list(schemes))
+            self.say(f"export: {size} in {folder}")
+            comparison = self.prove(loaded, unproved) if self.verify else None
+            notes = self.format.notes(schemes)
+            for note in notes:
+                self.say(f"note: {note}")
+            text = card(results, schemes, size, self.format.loading(schemes), self.proof(comparison), notes)
+            (unproved / "README.md").write_text(text, encoding="utf-8")
+            unproved.rename(folder)
+        except OSError as error:
+            raise InputError(f"export.out {folder} cannot be written: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(unproved, ignore_errors=True)
+        return {
+            "format": self.format.name,
+            "folder": str(folder),
+            "bytes": size.bytes,
+            "bf16_bytes": size.bf16_bytes,
+            "verified": asdict(comparison) if comparison else None,
+        }
+
+    def prove(self, loaded: LoadedModel, folder: Path) -> Comparison | None:
+        """Compare the engine's logits with those of the model in memory, or say that the engine is not installed.
+
+        Raises:
+            Disagreement: see `publish`.
+        """
+        schemes = quantized_schemes(loaded.model)
+        engine = self.format.load_engine(folder, schemes, loaded.model.device)
+        if engine is None:
+            self.say(f"export: not verified, {self.format.engine} is not installed")
+            return None
+        segments = held_out_segments(loaded)[: self.verify_segments]
+        found = compare_logits(loaded.model, engine, segments)
+        said = self.proof(found)
+        exact = self.format.is_exact(schemes) and str(loaded.model.dtype) == "torch.float32"
+        close = abs(found.other_perplexity - found.perplexity) <= CLOSE * found.perplexity
+        if not close or (exact and found.max_difference):
+            raise Disagreement(f"the export does not compute what the model does, so it is not kept. {said}")
+        self.say(f"export: {said} ({segments.numel()} tokens)")
+        return found
+
+    def say(self, line: str) -> None:
+        """Print a line whole: a path in two pieces cannot be copied."""
+        self.console.print(line, soft_wrap=True)
+
+    def proof(self, found: Comparison | None) -> str:
+        """Return what came of a comparison, in words."""
+        if found is None:
+            return "Not verified."
+        return (
+            f"Logits through {self.format.engine} differ from those of cbq by {found.max_difference:.3g} at most and "
+            f"{found.mean_difference:.3g} on average; perplexity {found.other_perplexity:.4f} through "
+            f"{self.format.engine}, {found.perplexity:.4f} in cbq."
+        )
+
+
+def held_out_segments(loaded: LoadedModel) -> LongTensor:
+    """Return segments (N, T) of the text that the package ships for tests, in the tokens of a model."""
+    length = min(HELD_OUT_TOKENS, loaded.context)
+    return CORPORA["embedded"](None).held_out(loaded.tokenizer, length, length).segments
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that is there: it may be somebody's model.
+
+    Raises:
+        InputError: it is.
+    """
+    if folder.exists():
+        raise InputError(f"export.out {folder} is there already: choose another, or remove it")

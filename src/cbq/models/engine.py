@@ -1,0 +1,58 @@
+"""A quantized folder as transformers loads it: what a user of it gets, which an export is compared with."""
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+
+from cbq.errors import InputError
+from cbq.hub import first_line
+from cbq.models.families import context
+from cbq.models.loading import LoadedModel, quiet_transformers, read_tokenizer
+
+
+@torch.no_grad()
+def load_quantized(
+    folder: Path, device: torch.device, dtype: str | torch.dtype = "auto", dequantize: bool = False
+) -> PreTrainedModel:
+    """Return the model of a folder that is quantized in any way that transformers reads, in evaluation mode.
+
+    Args:
+        folder: a Hugging Face folder whose config.json has a quantization_config.
+        device: to load it to.
+        dtype: of what is not quantized, and of what is computed; `auto` is that of the folder.
+        dequantize: let compressed-tensors unpack the weights while they are read.
+    """
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
+    # The libraries print progress bars for every step, the last one at the first forward.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dequantize is said beside what the folder says, as it must be
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        model.eval().to(device)
+        model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
+    return model
+
+
+def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
+    """Load a model folder to measure it, not to quantize it: of any architecture, and quantized already or not.
+
+    Args:
+        folder: what transformers loads.
+        dtype: of what is not quantized; `auto` is the folder's own, but float32 without a GPU.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    if dtype == "auto" and not torch.cuda.is_available():
+        dtype = "float32"
+    with quiet_transformers():
+        tokenizer = read_tokenizer(folder, trust_remote_code=False)
+    try:
+        model = load_quantized(folder, torch.device("cpu"), dtype)
+    except Exception as error:  # each format of quantized weights has its own library, with errors of its own
+        raise InputError(f"transformers cannot load the model in {folder}: {first_line(error)}") from error
+    name = folder.resolve().name
+    return LoadedModel(name, model.requires_grad_(False), tokenizer, context(model.config), prompt="The")

@@ -1,0 +1,120 @@
+"""What engines compute, told before calibration."""
+
+from itertools import product
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+from cbq.errors import InputError
+from cbq.export.targets import VLLM, AutoRound, NoTarget, Transformers
+from cbq.quant.linear import make_act_quantizer
+from cbq.quant.quantizer import WeightQuantizer
+from cbq.quant.scheme import QuantScheme
+
+
+def test_no_target_changes_nothing():
+    scheme = QuantScheme(3, 5, qkv_bits=4)
+    assert NoTarget().constrain(scheme) is scheme
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "said"),
+    [
+        (VLLM(), QuantScheme(2, 16), "vllm cannot run W2A16; the nearest that it can: quant.weight_bits=4"),
+        (VLLM(), QuantScheme(4, 16, group_size=48), "quant.group_size=64"),
+        (VLLM(), QuantScheme(4, 4), "the nearest that it can: quant.act_bits=8"),
+        (VLLM(), QuantScheme(6, 6), "the nearest that it can: quant.weight_bits=8 quant.act_bits=8"),
+        (VLLM(), QuantScheme(8, 8, group_size=32), "quant.group_size=-1"),
+        (VLLM(), QuantScheme(8, 8, act_granularity="tensor"), "quant.act_granularity=token"),
+        (AutoRound(), QuantScheme(4, 4), "the nearest that it can: quant.act_bits=16"),
+        (AutoRound(), QuantScheme(5, 16), "the nearest that it can: quant.weight_bits=4"),
+        (Transformers(), QuantScheme(16, 8), "the nearest that it can: quant.weight_bits=8"),
+        (Transformers(), QuantScheme(4, 4, qkv_bits=4), "quant.qkv_bits=16"),
+    ],
+    ids=lambda value: value.label if isinstance(value, QuantScheme) else getattr(value, "name", ""),
+)
+def test_what_an_engine_cannot_run_is_refused_with_the_nearest(target, scheme, said):
+    with pytest.raises(InputError, match=r"^target=") as error_info:
+        target.constrain(scheme)
+    assert said in str(error_info.value)
+
+
+def test_the_nearest_is_accepted():
+    """What a refusal recommends is not refused again."""
+    for target in (Transformers(), VLLM(), AutoRound()):
+        for weight_bits, act_bits, group_size in product(range(2, 9), (4, 6, 8, 16), (-1, 16, 32, 256)):
+            options = {"weight_bits": weight_bits, "act_bits": act_bits, "group_size": group_size}
+            try:
+                target.constrain(QuantScheme(**options))
+            except InputError as error:
+                advice = str(error).partition("the nearest that it can: ")[2].split()
+                pairs = [word.removeprefix("quant.").split("=") for word in advice]
+                target.constrain(QuantScheme(**options | {key: int(value) for key, value in pairs}))
+
+
+def test_constraints():
+    found = Transformers().constrain(QuantScheme(4, 16))
+    assert (found.symmetric, found.scale_dtype) == (True, "weight")
+    found = Transformers().constrain(QuantScheme(4, 4))
+    assert (found.symmetric, found.act_symmetric, found.engine_activations) == (False, False, True)
+    assert VLLM().constrain(QuantScheme(4, 16)) == QuantScheme(4, 16, scale_dtype="bfloat16")
+    found = VLLM().constrain(QuantScheme(8, 8))
+    assert (found.symmetric, found.act_symmetric, found.act_denominator) == (True, True, 127)
+    found = VLLM().constrain(QuantScheme(4, 8, act_symmetric=True, act_denominator=127))
+    assert (found.symmetric, found.act_symmetric, found.act_denominator) == (True, False, None)
+    found = AutoRound().constrain(QuantScheme(3, 16, group_size=64))
+    assert (found.symmetric, found.scale_dtype) == (True, "float16")
+
+
+def test_overrides_are_constrained_each():
+    overrides = [
+        {"linears": ".*down_proj", "weight_bits": 4, "act_bits": 16},
+        {"linears": ".*o_proj", "weight_bits": 16, "act_bits": 16},
+    ]
+    found = VLLM().constrain(QuantScheme(8, 8, overrides=overrides))
+    assert found.of_linear(["blocks.0.mlp.up_proj"]).act_denominator == 127
+    down = found.of_linear(["blocks.0.mlp.down_proj"])
+    assert (down.label, down.symmetric, down.act_denominator, down.scale_dtype) == ("W4A16", False, None, "bfloat16")
+    assert not found.of_linear(["blocks.0.self_attn.o_proj"]).is_quantized
+    with pytest.raises(InputError, match="cannot run W2A8"):
+        VLLM().constrain(QuantScheme(8, 8, overrides=[{"linears": ".*", "weight_bits": 2}]))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_are_the_librarys_to_the_bit(bits, symmetric):
+    """Where a zero point is added after rounding, other integers come out now and then."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 256, 1024, generator=generator) + torch.randn(4, 256, 1, generator=generator)
+    arguments = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="token", dynamic=True)
+    scale, zero_point = compute_dynamic_scales_and_zp(x, arguments, None)
+    scheme = Transformers().constrain(QuantScheme(4, bits, act_symmetric=symmetric))
+    quantizer = make_act_quantizer(scheme)
+    assert torch.equal(quantizer(x), fake_quantize(x, scale, zero_point, arguments))
+    assert torch.equal(quantizer.nearest(x), quantizer(x))
+
+
+def test_activations_of_an_engine_have_a_gradient():
+    quantizer = make_act_quantizer(Transformers().constrain(QuantScheme(4, 8)))
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad.count_nonzero() > 0.9 * x.numel()
+    assert quantizer.range_multiplier.grad is None or not quantizer.range_multiplier.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_what_the_type_holds_in_every_forward(dtype):
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    weight[0] = 0  # its scale is far below what float16 holds
+    quantizer = WeightQuantizer(weight, 4, group_size=16, symmetric=True, scale_dtype=dtype)
+    torch.nn.init.uniform_(quantizer.step_size.multiplier, 0.9, 1.1)
+    scale = quantizer.scale
+    assert torch.equal(scale.to(dtype).float(), scale)
+    assert (scale > 0).all()
+    scale.sum().backward()
+    assert quantizer.step_size.multiplier.grad[1:].all()
+    integers = quantizer.nearest(weight).unflatten(-1, (2, 16)) / quantizer.initial_scale
+    assert torch.allclose(integers, integers.round(), atol=1e-3)

@@ -1,0 +1,120 @@
+"""Exports: proved, whole, or not there."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+from cbq.errors import InputError
+from cbq.export.compressed_tensors import CompressedTensors
+from cbq.export.gptq import AutoRound
+from cbq.export.targets import AutoRound as AutoRoundTarget
+from cbq.export.targets import Transformers
+from cbq.exporter import Disagreement, Export, NoExport
+from cbq.models.loading import load_pretrained
+from cbq.quant.linear import fuse_linears_
+from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState, quantized_modules
+from cbq.quantized import make_quantizable_
+from cbq.results import SCHEMA_PATH
+
+RESULTS = {
+    "model": "tiny",
+    "scheme": "W4A16",
+    "method": "rtn",
+    "protocol": {"calibration": {"name": "c4", "num_segments": 128, "segment_tokens": 2048}},
+    "perplexity": {"wikitext2": {"full_precision": 5.0, "rtn": None, "quantized": 5.5}},
+}
+
+
+@pytest.fixture
+def loaded(tiny_llama_folder):
+    """A tiny LLaMA, rounded to nearest and fused: W4A16 for transformers."""
+    return rounded(tiny_llama_folder, Transformers().constrain(QuantScheme(4, 16)))
+
+
+def rounded(folder: Path, scheme: QuantScheme):
+    loaded = load_pretrained(str(folder))
+    make_quantizable_(loaded.model, loaded.blocks, scheme)
+    for module in quantized_modules(loaded.blocks):
+        module.state = QuantState.LEARNED
+    fuse_linears_(loaded.blocks)
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def test_an_export_is_proved_and_described(loaded, tmp_path, capsys):
+    found = Export(CompressedTensors(), verify_segments=2).publish(loaded, tmp_path / "export", RESULTS)
+    assert found["verified"]["max_difference"] == 0
+    assert found["verified"]["perplexity"] == found["verified"]["other_perplexity"]
+    assert found["bytes"] / found["bf16_bytes"] < 0.30
+    assert "differ from those of cbq by 0 at most" in capsys.readouterr().out
+    card = (tmp_path / "export" / "README.md").read_text()
+    said = ("tiny W4A16", "rtn", "128 segments of 2048 tokens of c4", "| wikitext2 | 5 | - | 5.5 |", "from_pretrained")
+    for words in said:
+        assert words in card
+    assert [path.name for path in tmp_path.iterdir()] == ["export"], "nothing else is left"
+    json.dumps(found)
+
+
+def test_a_disagreement_keeps_nothing(loaded, tmp_path, monkeypatch):
+    write = CompressedTensors.write
+
+    def spoilt(self, model, tokenizer, folder):
+        write(self, model, tokenizer, folder)
+        next(module for module in model.modules() if isinstance(module, torch.nn.Embedding)).weight.mul_(1.001)
+
+    monkeypatch.setattr(CompressedTensors, "write", spoilt)
+    with pytest.raises(Disagreement, match="it is not kept"):
+        Export(CompressedTensors(), verify_segments=2).publish(loaded, tmp_path / "export", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_not_touched(loaded, tmp_path):
+    (tmp_path / "mine").mkdir()
+    export = Export(CompressedTensors(), out=str(tmp_path / "mine"))
+    with pytest.raises(InputError, match="is there already"):
+        export.check(loaded.model)
+    with pytest.raises(InputError, match="is there already"):
+        export.publish(loaded, tmp_path / "export", {})
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
+def test_a_folder_that_cannot_be_written(loaded, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        Export(CompressedTensors(), out=str(tmp_path / "file" / "x")).publish(loaded, tmp_path, {})
+
+
+def test_an_engine_that_is_missing_is_said(tiny_llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cbq.export.gptq.find_spec", lambda name: None)
+    loaded = rounded(tiny_llama_folder, AutoRoundTarget().constrain(QuantScheme(4, 16)))
+    found = Export(AutoRound()).publish(loaded, tmp_path / "export", {})
+    assert found["verified"] is None
+    assert "not verified, auto-round is not installed" in capsys.readouterr().out
+    assert "Not verified" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_no_export(loaded, tmp_path):
+    NoExport().check(loaded.model)
+    assert NoExport().publish(loaded, tmp_path / "export", {}) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"verify": "no"}, "export.verify"), ({"verify_segments": 0}, "verify_segments")]
+)
+def test_options_out_of_range(options, said):
+    with pytest.raises(InputError, match=said):
+        Export(CompressedTensors(), **options)
+
+
+def test_the_schema_knows_an_export(loaded, tmp_path):
+    schema = json.loads(SCHEMA_PATH.read_text())
+    found = Export(CompressedTensors(), verify_segments=1).publish(loaded, tmp_path / "export", {})
+    part = schema["properties"]["export"] | {"$defs": schema["$defs"]}
+    jsonschema.validate(found, part)
+    jsonschema.validate(found | {"verified": None}, part)
+    assert set(part["properties"]) == set(found)
