@@ -294,3 +294,21 @@ def test_sweep_folders_stay_inside_the_sweep(cbq, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["sweep"]
     assert len({path.name for path in folders}) == len(folders)
     assert all(len(path.name) <= 200 for path in folders)
+
+
+def test_evaluate_from_the_command_line(cbq, tmp_path):
+    """A model, a mistyped option, and one that nothing reads."""
+    options = ["evaluation.text_path=short.txt", "evaluation.segment_tokens=64", "evaluation.agreement_tokens=0"]
+    (tmp_path / "short.txt").write_text("def add(a, b):\n    return a + b\n" * 40)
+    code, output, _ = cbq("evaluate", "model=pico", *options, "hydra.run.dir=measured")
+    assert code == 0
+    assert "perplexity of pico on text" in output
+    measured = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert measured["perplexity"]["text"]["full_precision"] > 1
+    assert "did you mean checkpoint?" in cbq("evaluate", "checkpont=x")[2]
+    code, _, error = cbq("evaluate", "model=pico", *options, "+foo=1")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "unknown option 'foo'" in error
+    code, _, error = cbq("evaluate", "nowhere", "model=pico")
+    assert code == 2
+    assert "checkpoint 'nowhere' is not a folder" in error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 import cbq
@@ -107,6 +108,37 @@ def test_weights_that_are_not_there(tmp_path, text, run_folder):
     (tmp_path / "broken" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="transformers cannot load the model in"):
         evaluate(tmp_path / "out", text, checkpoint=tmp_path / "broken")
+
+
+def test_a_part_of_the_weights_is_not_made_up(tmp_path, text, tiny_llama_folder):
+    """transformers would fill in random numbers, and say so in a log."""
+    shutil.copytree(tiny_llama_folder, tmp_path / "broken")
+    state = load_file(tmp_path / "broken" / "model.safetensors")
+    del state["model.layers.1.mlp.down_proj.weight"]
+    save_file(state, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks parameters: model\.layers\.1\.mlp\.down_proj\.weight"):
+        evaluate(tmp_path / "out", text, checkpoint=tmp_path / "broken")
+
+
+def test_a_tokenizer_of_another_model(tmp_path, text, tiny_llama_folder):
+    config = GPTBigCodeConfig(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / file, tmp_path / "other" / file)
+    with pytest.raises(InputError, match="has ids up to 319, but the model's vocabulary has 100 ids"):
+        evaluate(tmp_path / "out", text, checkpoint=tmp_path / "other")
+
+
+@pytest.mark.parametrize("checkpoint", ["/no/such/folder", "~nobody/checkpoint", "x" * 300])
+def test_the_checkpoint_is_looked_for_before_hours_of_work(tmp_path, checkpoint):
+    with pytest.raises(InputError, match="is not a folder: give a run's"):
+        Evaluator(lambda: pytest.fail("the model was loaded"), checkpoint, Evaluation([], 64), tmp_path, {})
+
+
+def test_without_scores_of_full_precision_it_is_compared_all_the_same(tmp_path, text, tiny_llama_folder, run_folder):
+    found = evaluate(tmp_path / "out", text, tiny_llama_folder, run_folder, baselines=False)
+    assert found["perplexity"]["text"]["full_precision"] is None
+    assert found["agreement"]["text"]["kl_divergence"] > 0
 
 
 def test_nothing_to_evaluate(tmp_path):

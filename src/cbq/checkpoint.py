@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cbq.errors import InputError
+from cbq.errors import InputError, expanded, is_folder
 from cbq.models.attention import hook_attention_
 from cbq.models.engine import load_as_it_is
 from cbq.models.linears import to_linears_, to_stored
@@ -130,20 +130,25 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
     return loaded
 
 
-def load_any(folder: str | Path) -> LoadedModel:
-    """Return a model to measure, from a run's folder, its `checkpoint/`, or any folder that transformers loads.
-
-    Args:
-        folder: a model of any architecture, quantized or not.
+def find_any(folder: str) -> Path:
+    """Return a model's folder, given that or the folder of the run that made it.
 
     Raises:
-        InputError: there is no such folder, or no model in it.
+        InputError: there is no such folder.
     """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise InputError(f"checkpoint {str(folder)!r} is not a folder: give a run's, or one that transformers loads")
-    path = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-    return load_checkpoint(path) if (path / QUANTIZED_FILE).is_file() else load_as_it_is(path)
+    path = expanded(folder)
+    if not is_folder(path):
+        raise InputError(f"checkpoint {folder!r} is not a folder: give a run's, or one that transformers loads")
+    return path / "checkpoint" if is_folder(path / "checkpoint") else path
+
+
+def load_any(folder: Path) -> LoadedModel:
+    """Return a model to measure: a checkpoint of cbq, or what transformers loads, quantized or not.
+
+    Raises:
+        InputError: there is no model in the folder.
+    """
+    return load_checkpoint(folder) if (folder / QUANTIZED_FILE).is_file() else load_as_it_is(folder)
 
 
 def find_checkpoint(path: str) -> Path:

@@ -1,6 +1,7 @@
-"""The one exception that means: the user's input was wrong; and the checks that several modules make."""
+"""The one exception that means: the user's input was wrong; and the checks of input that several modules make."""
 
 import math
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -56,3 +57,19 @@ def check_seed(key: str, value: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
         raise InputError(f"{key} must be an integer of 0 to 2^32 - 1, got {value!r}")
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder for `~`, or as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether there is such a folder; a name that no file system takes is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from cbq.checkpoint import load_any
+from cbq.checkpoint import find_any, load_any
 from cbq.errors import InputError, check_text
 from cbq.evaluation.evaluation import Evaluation
 from cbq.models.loading import LoadedModel
@@ -29,7 +29,7 @@ class Evaluator:
         settings: every option, flat, for that file.
 
     Raises:
-        InputError: there is neither a model nor a checkpoint.
+        InputError: there is neither a model nor a checkpoint, or no such folder.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Evaluator:
             raise InputError("nothing to evaluate: give checkpoint=<folder>, model=<name>, or both to compare them")
         self.load_model = load_model
         self.checkpoint = checkpoint
+        self.checkpoint_folder = checkpoint and find_any(checkpoint)  # now: the other model may take hours
         self.evaluation = evaluation
         self.folder = folder
         self.settings = settings
@@ -64,13 +65,18 @@ class Evaluator:
             loaded = self.load_model()
             name = loaded.name
             self.prepare(loaded)
-            full_precision = self.evaluation.score(loaded, self.evaluation.recall, self.track)
-            print_scores(self.console, full_precision, name)
+            if self.evaluation.baselines or self.checkpoint is None:
+                full_precision = self.evaluation.score(loaded, self.evaluation.recall, self.track)
+                print_scores(
+                    self.console,
+                    full_precision,
+                    f"{name} (remembered)" if self.evaluation.recall.num_recalled else name,
+                )
             references = self.evaluation.remember(loaded) if self.checkpoint else {}
             del loaded  # the other one may need its memory
         if self.checkpoint is not None:
-            loaded = load_any(self.checkpoint)
-            self.prepare(loaded)
+            loaded = load_any(self.checkpoint_folder)
+            self.prepare(loaded, full_precision=False)
             quantized = self.evaluation.score(loaded, track=self.track)
             print_scores(self.console, quantized, self.checkpoint)
             agreement = self.evaluation.agreement(loaded, references)
@@ -85,13 +91,13 @@ class Evaluator:
         for table in score_tables(results):
             self.console.print(table)
         for line in agreement_lines(agreement=results["agreement"]):
-            self.console.print(f"Agreement {line}", soft_wrap=True)
+            self.console.print(f"Agreement {line}", soft_wrap=True, markup=False)
         write_json(self.folder / FILE_NAME, results)
-        self.console.print(f"Results {self.folder / FILE_NAME}", soft_wrap=True)
+        self.console.print(f"Results {self.folder / FILE_NAME}", soft_wrap=True, markup=False)
         return results
 
-    def prepare(self, loaded: LoadedModel) -> None:
+    def prepare(self, loaded: LoadedModel, full_precision: bool = True) -> None:
         """Read the data for a model, and bring it to the device."""
-        for note in self.evaluation.prepare(loaded):
+        for note in self.evaluation.prepare(loaded, full_precision):
             self.console.print(note)
         loaded.model.to(self.device)

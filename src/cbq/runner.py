@@ -133,10 +133,10 @@ class Runner:
         self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
+        save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
         quantized = self.score(evaluation.score, loaded, self.scheme.label)
         agreement = evaluation.agreement(loaded, references)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
-        save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
         self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
         self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
@@ -215,7 +215,7 @@ class Runner:
             return None
         with self.stopwatch.phase("evaluation"):
             scores = measure(loaded, recall, self.track)
-        print_scores(self.console, scores, what)
+        print_scores(self.console, scores, f"{what} (remembered)" if recall.num_recalled else what)
         return scores
 
     def reconstruct(

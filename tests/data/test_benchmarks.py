@@ -50,7 +50,7 @@ def write_all(folder: Path) -> None:
     """Write a small file of every benchmark, as its authors would."""
     write(folder / "piqa/valid.jsonl", lines([{"goal": "open it", "sol1": "pull", "sol2": "eat"}] * 2))
     write(folder / "piqa/valid-labels.lst", "0\n1\n")
-    write(folder / "hellaswag/hellaswag_val.jsonl", lines(HELLASWAG))
+    write(folder / "hellaswag/hellaswag_val.jsonl", lines([*HELLASWAG, HELLASWAG[0] | {"ctx_b": ""}]))  # as of WikiHow
     write(folder / "ARC-Easy/ARC-Easy-Test.jsonl", lines(ARC))
     write(folder / "ARC-Challenge/ARC-Challenge-Test.jsonl", lines(ARC))
     write(folder / "mutual/mutual_dev.jsonl", lines(MUTUAL))
@@ -170,6 +170,18 @@ def test_damaged_files(tmp_path, name, file, damage, message):
     assert "\n" not in str(caught.value)
 
 
+def test_line_separators_inside_a_text(tmp_path):
+    text = json.dumps(MUTUAL[0] | {"article": "m : one\u2028two\x85three"}, ensure_ascii=False) + "\n"
+    write(tmp_path / "mutual/mutual_dev.jsonl", text)
+    assert load_benchmark("mutual", str(tmp_path))["validation"][0]["article"] == "m : one\u2028two\x85three"
+
+
+def test_answers_in_the_harness_columns_are_checked_too(tmp_path):
+    write(tmp_path / "mutual/validation.jsonl", lines([MUTUAL[0], MUTUAL[0] | {"answers": "E"}]))
+    with pytest.raises(InputError, match="item 2 has an answer that is none of its choices"):
+        load_benchmark("mutual", str(tmp_path))
+
+
 def test_encoding_and_absence(tmp_path):
     write_all(tmp_path)
     (tmp_path / "mutual/mutual_dev.jsonl").write_bytes(b'{"article": "caf\xe9"}\n')
@@ -177,6 +189,8 @@ def test_encoding_and_absence(tmp_path):
         load_benchmark("mutual", str(tmp_path))
     with pytest.raises(InputError, match=r"has no piqa: it needs piqa/valid.jsonl and piqa/valid-labels.lst, or piqa/"):
         load_benchmark("piqa", str(tmp_path / "mutual"))
+    with pytest.raises(InputError, match="has no piqa"):
+        load_benchmark("piqa", "~nobody/data")
     (tmp_path / "winogrande").mkdir()
     (tmp_path / "winogrande/test.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(InputError, match=r"test.parquet is not a parquet file, or is corrupt"):

@@ -99,6 +99,25 @@ def test_the_quantized_model_is_never_taken_from_memory(loaded, text, tmp_path):
     assert evaluation.score(loaded).texts["text"].nll != first
 
 
+@pytest.mark.parametrize("options", [{"baselines": False}, {"text_path": None}, {"cache_dir": None}])
+def test_a_model_is_only_hashed_where_scores_are_remembered(loaded, text, tmp_path, monkeypatch, options):
+    monkeypatch.setattr("cbq.evaluation.evaluation.fingerprint", lambda model: pytest.fail("hashed"))
+    options = {"text_path": text, "cache_dir": str(tmp_path)} | options
+    Evaluation([], 64, **options).prepare(loaded)
+
+
+def test_what_is_remembered_of_another_version_is_forgotten(loaded, text, tmp_path, monkeypatch):
+    def recalled() -> int:
+        evaluation = Evaluation([], 64, text_path=text, cache_dir=str(tmp_path))
+        evaluation.prepare(loaded)
+        evaluation.score(loaded, evaluation.recall)
+        return evaluation.recall.num_recalled
+
+    assert [recalled(), recalled()] == [0, 1]
+    monkeypatch.setattr("cbq.evaluation.evaluation.PROTOCOL_VERSION", "2")
+    assert recalled() == 0
+
+
 def test_batches_hold_no_more_tokens_than_asked_for(loaded, text):
     sizes = []
     loaded.model.register_forward_pre_hook(

@@ -1,5 +1,6 @@
 """What lm-eval is told of a model, against plain forwards and lm-eval's own wrapper."""
 
+import copy
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_likelihoods_are_those_of_plain_forwards(loaded, batch_tokens):
 
 
 def test_likelihoods_are_those_of_lm_evals_own_wrapper(loaded):
-    own = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1, max_length=loaded.context)
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    own = HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=1, max_length=loaded.context)
     for (expected, greedy), found in zip(
         own.loglikelihood(requests(), disable_tqdm=True), harness(loaded, 300).loglikelihood(requests()), strict=True
     ):
@@ -83,6 +85,19 @@ def test_batches_cover_every_request_once(lengths):
         range(len(lengths))
     )
     assert all(lengths[start] * size <= 10 or size == 1 for start, size in zip(starts, ends.values(), strict=True))
+
+
+def test_the_model_keeps_no_keys_and_the_tokenizer_stays_as_it_is(loaded):
+    outputs = []
+    assert loaded.tokenizer.pad_token is None
+    hook = loaded.model.register_forward_hook(lambda module, args, output: outputs.append(output.past_key_values))
+    try:
+        harness(loaded, 300).loglikelihood(requests())
+    finally:
+        hook.remove()
+    assert outputs
+    assert set(outputs) == {None}
+    assert loaded.tokenizer.pad_token is None
 
 
 def test_answers_are_remembered(loaded, tmp_path):

@@ -28,7 +28,7 @@ def test_p_value_is_that_of_all_sign_patterns(seed):
     assert found.p_value == pytest.approx(brute_force_p(differences))
     assert found.mean == pytest.approx(statistics.mean(differences))
     assert found.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(14))
-    assert (found.num_better, found.num_worse) == (differences.count(1), differences.count(-1))
+    assert (found.num_higher, found.num_lower) == (differences.count(1), differences.count(-1))
 
 
 def test_pairing_sees_what_two_standard_errors_do_not():
@@ -56,4 +56,4 @@ def test_mean_of_tasks_weighs_tasks_and_not_items():
     found = mean_difference([small, large])
     assert found.mean == pytest.approx((-0.5 + 0.5) / 2)
     assert found.stderr == pytest.approx(math.sqrt(small.stderr**2 + large.stderr**2) / 2)
-    assert (found.num_better, found.num_worse) == (50, 1)
+    assert (found.num_higher, found.num_lower) == (50, 1)

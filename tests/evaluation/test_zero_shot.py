@@ -4,16 +4,30 @@ import json
 import math
 from pathlib import Path
 
+import lm_eval.tasks
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 from cbq.errors import InputError
 from cbq.evaluation.evaluation import Evaluation
-from cbq.evaluation.zero_shot import MEANS, ZeroShot, rank_options
+from cbq.evaluation.tasks import FOLDERS, load_tasks, members_of, rank_options, task_manager
+from cbq.evaluation.zero_shot import MEANS, ZeroShot, task_score
 from cbq.models.loading import load_pretrained
 
+HOME = Path(lm_eval.tasks.__file__).parent
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def few_tasks(request, monkeypatch):
+    """lm-eval's descriptions of what is asked here: to read all 15,000 takes ten seconds."""
+    if "slow" not in request.keywords:
+        folders = [HOME / name for name in (*FOLDERS, "winogrande", "wsc273")]
+        few = TaskManager(include_path=folders, include_defaults=False)
+        monkeypatch.setattr("cbq.evaluation.tasks.all_tasks", lambda: few)
 
 
 class Scripted(LM):
@@ -109,6 +123,7 @@ def test_ethics(tmp_path):
         "version": "1.0",
         "num_fewshot": 0,
         "num_items": 5,
+        "higher_is_better": {"acc": True},
     }
     assert described["ethics"]["harness"].startswith("lm-eval 0.")
 
@@ -119,7 +134,7 @@ def test_differences_of_tasks_and_of_their_mean(tmp_path):
     zero_shot.prepare()
     before, after = zero_shot.score(Yes()), zero_shot.score(Scripted())  # all ties: the first choice, no
     found = zero_shot.differences(before, after)
-    assert (found["ethics_cm"]["acc"].num_better, found["ethics_cm"]["acc"].num_worse) == (1, 3)
+    assert (found["ethics_cm"]["acc"].num_higher, found["ethics_cm"]["acc"].num_lower) == (1, 3)
     assert found["ethics_cm"]["acc"].mean == pytest.approx(-0.5)
     difference = after["ethics"].metrics["acc"] - before["ethics"].metrics["acc"]
     assert found["ethics"]["acc"].mean == pytest.approx(difference)
@@ -132,6 +147,62 @@ def test_limit(tmp_path):
     assert zero_shot.score(Scripted())["mutual"].metrics["r@1"] == 0.5
     assert limited.score(Scripted())["mutual"].metrics["r@1"] == pytest.approx(4 / 6)
     assert limited.describe()["mutual"]["num_items"] == 6
+
+
+def test_one_item_has_no_standard_error(tmp_path):
+    ethics(tmp_path)
+    zero_shot = ZeroShot(["ethics"], 1, str(tmp_path))
+    zero_shot.prepare()
+    scores = zero_shot.score(Yes())
+    assert scores["ethics"].metrics["acc"] == pytest.approx(
+        sum(scores[part].metrics["acc"] for part in MEANS["ethics"]) / 5
+    )
+    assert math.isnan(scores["ethics"].metrics["acc_stderr"])
+
+
+def test_items_are_of_means_only_and_of_their_own_filter():
+    """Of a perplexity an item has a log likelihood; numpy's truth values are numbers; a filter has items of its own."""
+    results = {
+        "alias": "task",
+        "perplexity,none": 8.0,
+        "r@1,none": 0.5,
+        "exact_match,strict": 1.0,
+        "exact_match_stderr,strict": 0.0,
+        "exact_match,loose": 0.5,
+    }
+    samples = [
+        {"doc_id": i, "filter": "none", "perplexity": -2.0, "r@1": np.bool_(i), "exact_match": 9} for i in (1, 0)
+    ]
+    samples += [{"doc_id": i, "filter": "strict", "exact_match": 1.0} for i in (0, 1)]
+    samples += [{"doc_id": i, "filter": "loose", "exact_match": float(i)} for i in (0, 1)]
+    score = task_score(results, samples)
+    assert score.metrics == {
+        "perplexity": 8.0,
+        "r@1": 0.5,
+        "exact_match,strict": 1.0,
+        "exact_match_stderr,strict": 0.0,
+        "exact_match,loose": 0.5,
+    }
+    assert score.items == {"r@1": [0, 1], "exact_match,strict": [1, 1], "exact_match,loose": [0, 1]}
+
+
+def test_mutual_plus_is_scored_as_mutual_is(tmp_path):
+    row = {"answers": "B", "options": ["f : one .", "f : two + .", "f : three .", "f : four ."], "article": "m : ?"}
+    write(tmp_path / "mutual_plus/validation.jsonl", json.dumps(row) + "\n")
+    manager = TaskManager(include_path=HOME / "mutual", include_defaults=False)
+    tasks = load_tasks(manager, "mutual_plus", str(tmp_path))
+    assert (
+        tasks["mutual_plus"].process_results(row, [(0.0, False), (1.0, False), (0.0, True), (0.0, False)])["r@1"] == 1
+    )
+
+
+def test_members_of_groups_and_tags():
+    manager = TaskManager(include_path=HOME / "hendrycks_ethics", include_defaults=False)
+    assert set(members_of(manager, "hendrycks_ethics")) == set(MEANS["ethics"])
+    manager = TaskManager(include_path=HOME / "blimp", include_defaults=False)
+    blimp = members_of(manager, "blimp")
+    assert len(blimp) == 67
+    assert all(name in manager.all_subtasks for name in blimp)
 
 
 def test_scores_twice_the_same(tmp_path):
@@ -198,6 +269,11 @@ def test_columns_that_are_not_the_tasks(tmp_path):
     write(tmp_path / "winogrande/validation.jsonl", '{"text": "of another task"}\n')
     with pytest.raises(InputError, match=r"the items of winogrande of .* do not fit the task"):
         ZeroShot(["winogrande"], None, str(tmp_path)).prepare()
+
+
+@pytest.mark.slow
+def test_every_task_of_the_harness_is_known():
+    assert {"winogrande", "lambada_openai", "mmlu", "gsm8k", "boolq"} <= set(task_manager(["boolq"]).all_tasks)
 
 
 def test_another_task_of_the_harness(tmp_path):

@@ -8,7 +8,7 @@ from rich.console import Console
 from cbq.report.scores import agreement_lines, print_scores, score_tables, summary_figures
 
 ACCURACY = {"acc": 0.5, "acc_stderr": 0.0123, "acc_norm": 0.625, "acc_norm_stderr": 0.01}
-DIFFERENCE = {"mean": -0.031, "stderr": 0.0104, "p_value": 0.0042, "num_better": 3, "num_worse": 20}
+DIFFERENCE = {"mean": -0.031, "stderr": 0.0104, "p_value": 0.0042, "num_higher": 3, "num_lower": 20}
 MEASURED = {
     "perplexity": {"c4": {"full_precision": 7.25, "rtn": 9.0, "quantized": None}},
     "bits_per_byte": {"c4": {"full_precision": 0.7123, "rtn": 0.8, "quantized": None}},

@@ -57,6 +57,12 @@ def test_tasks_are_columns_in_percent_and_more_is_better(result):
     assert table.corpora == {"embedded"}
 
 
+def test_a_perplexity_among_tasks_is_no_percentage(result):
+    words = {"full_precision": {}, "quantized": {"word_perplexity": 12.0}, "difference": {}}
+    run = result() | {"zero_shot": {"wikitext": words | {"higher_is_better": {"word_perplexity": False}}}}
+    assert [what for _, what in sweep_table([run]).columns] == ["embedded", "seconds", "GiB"]
+
+
 def test_what_follows_from_a_choice_is_no_label(result):
     runs = [
         result(rounding="lora", **{"rounding.rank": 5}),

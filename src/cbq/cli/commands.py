@@ -104,6 +104,7 @@ def failed_results(config: DictConfig, settings: dict, error: BaseException) -> 
 
 def evaluate(config: DictConfig) -> None:
     """Measure a checkpoint, a model, or one against the other; the figures go into the job's folder."""
+    check_keys(config, "evaluate")
     folder = Path(HydraConfig.get().runtime.output_dir)
     instantiate(config.evaluator, folder=folder, settings=flatten(config)).run()
 

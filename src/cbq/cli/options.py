@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from cbq.errors import InputError
 
 NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "hydra"}
-NOT_OPTIONS = {"runner", "command", "defaults", "hydra"}
+NOT_OPTIONS = {"runner", "evaluator", "command", "defaults", "hydra"}
 
 
 def conf_dir() -> str:
@@ -22,13 +22,17 @@ def conf_dir() -> str:
     raise AssertionError("the package was built without its conf folder")
 
 
-def check_keys(config: DictConfig) -> None:
+def check_keys(config: DictConfig, config_name: str = "config") -> None:
     """Refuse a top-level key that nothing reads; a `+` makes hydra accept any.
+
+    Args:
+        config: the composed configuration.
+        config_name: the primary file of the command.
 
     Raises:
         InputError: there is one.
     """
-    main_file = OmegaConf.load(Path(conf_dir()) / "config.yaml")
+    main_file = OmegaConf.load(Path(conf_dir()) / f"{config_name}.yaml")
     groups = [group for entry in main_file.defaults if isinstance(entry, DictConfig) for group in entry]
     known = [key for key in (*groups, *main_file) if not key.startswith("override") and key not in NOT_OPTIONS]
     unknown = sorted(set(config) - set(known) - NOT_OPTIONS)

@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 
 from cbq.data.files import as_dataset, find_local, read_rows, read_text
-from cbq.errors import InputError
+from cbq.errors import InputError, expanded
 from cbq.hub import fetch_file
 
 Row = dict[str, object]
+Rows = TypeVar("Rows", list[Row], datasets.Dataset)
 SPLITS = ("train", "validation", "test")
 PARQUET_REVISION = "refs/convert/parquet"  # where the hub keeps its own conversion of datasets that were scripts
 
@@ -30,6 +32,7 @@ class Benchmark:
         num_items: as published; another number is worth a word.
         parquet: the same on the hub as (repository, file) of its parquet conversion, where the harness's own way to
             load it is a script, which datasets no longer runs.
+        may_be_empty: the columns whose text may be.
     """
 
     split: str
@@ -38,6 +41,7 @@ class Benchmark:
     columns: tuple[str, ...]
     num_items: int
     parquet: tuple[str, str] | None = None
+    may_be_empty: tuple[str, ...] = ()
 
 
 def read_json_lines(path: Path) -> list[Row]:
@@ -47,7 +51,9 @@ def read_json_lines(path: Path) -> list[Row]:
         InputError: a line is no JSON object.
     """
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # Not splitlines: it also cuts at what Unicode calls a line separator, which may stand in a text.
+    text = read_text(path).removesuffix("\n")
+    for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -132,6 +138,7 @@ BENCHMARKS = {
         read_json_lines,
         ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
         10042,
+        may_be_empty=("ctx_b",),
     ),
     "arc_easy": Benchmark("test", ("ARC-Easy/ARC-Easy-Test.jsonl",), read_arc, CHOICES, 2376),
     "arc_challenge": Benchmark("test", ("ARC-Challenge/ARC-Challenge-Test.jsonl",), read_arc, CHOICES, 1172),
@@ -203,43 +210,43 @@ def load_benchmark(name: str, data_dir: str | None) -> dict[str, datasets.Datase
             return None
         repository, file = known.parquet
         path = fetch_file(repository, file, revision=PARQUET_REVISION)
-        return {known.split: read_rows("parquet", path, known.columns)}
+        return {known.split: checked(read_rows("parquet", path, known.columns), known, path)}
     if known and (files := [find_local(data_dir, file) for file in known.files]) and all(files):
-        rows = known.read(*files)
-        check_rows(rows, known, files[0])
+        rows = checked(known.read(*files), known, files[0])
         return {known.split: as_dataset([{column: row[column] for column in known.columns} for row in rows])}
-    columns = known.columns if known else None
-    splits = {split: read_split(data_dir, name, split, columns) for split in SPLITS}
-    found = {split: rows for split, rows in splits.items() if rows is not None}
+    found = {split: rows for split in SPLITS if (rows := read_split(data_dir, name, split, known)) is not None}
     if not found:
         authors = f"{' and '.join(known.files)}, or " if known else ""
         raise InputError(f"data_dir {data_dir!r} has no {name}: it needs {authors}{name}/<split>.parquet or .jsonl")
     return found
 
 
-def read_split(data_dir: str, name: str, split: str, columns: Sequence[str] | None) -> datasets.Dataset | None:
+def read_split(data_dir: str, name: str, split: str, known: Benchmark | None) -> datasets.Dataset | None:
     """Return one split in the harness's own columns, or None if it is not there."""
     for kind, suffix in (("parquet", "parquet"), ("json", "jsonl")):
-        path = Path(data_dir).expanduser() / name / f"{split}.{suffix}"
+        path = expanded(data_dir) / name / f"{split}.{suffix}"
         if path.is_file():
-            return read_rows(kind, path, columns)
+            rows = read_rows(kind, path, known.columns if known else None)
+            return checked(rows, known, path) if known else rows
     return None
 
 
-def check_rows(rows: list[Row], benchmark: Benchmark, path: Path) -> None:
-    """Refuse items that lack something, or have an answer that is not among their choices.
+def checked(rows: Rows, benchmark: Benchmark, path: Path) -> Rows:
+    """Return items as they are, unless one lacks something or has an answer that is not among its choices.
 
     Raises:
         InputError: there is one, or there are none at all.
     """
-    if not rows:
+    if not len(rows):
         raise InputError(f"{path} holds no items")
     for number, row in enumerate(rows, 1):
-        missing = [column for column in benchmark.columns if row.get(column) in (None, "", [])]
+        empty = [column for column in benchmark.columns if row.get(column) in (None, "", [])]
+        missing = [column for column in empty if row.get(column) is None or column not in benchmark.may_be_empty]
         if missing:
             raise InputError(f"{path}: item {number} has no {missing[0]!r}")
         if not answers_fit(row):
             raise InputError(f"{path}: item {number} has an answer that is none of its choices")
+    return rows
 
 
 def answers_fit(row: Row) -> bool:

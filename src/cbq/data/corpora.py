@@ -15,7 +15,7 @@ import torch
 from torch import LongTensor
 
 from cbq.data.files import find_file, read_rows, read_text
-from cbq.errors import InputError
+from cbq.errors import InputError, expanded
 
 Split = Literal["calibration", "test"]
 # Any callable with the interface of a transformers tokenizer: `tokenizer(text, verbose=False)["input_ids"]`.
@@ -134,7 +134,7 @@ class TextFile(RunningText):
 
     def text(self, split: Split) -> str:
         """Return the whole file, whichever part is asked for."""
-        return read_text(Path(self.path).expanduser())
+        return read_text(expanded(self.path))
 
 
 @dataclass(frozen=True)

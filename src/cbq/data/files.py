@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import datasets
 
-from cbq.errors import InputError, check_text
+from cbq.errors import InputError, check_text, expanded
 from cbq.hub import fetch_file
 
 
@@ -41,7 +41,7 @@ def read_text(path: Path) -> str:
 
 def find_local(data_dir: str, filename: str) -> Path | None:
     """Return where a file is in a local folder, with or without the folders of its name; None if nowhere."""
-    folder = Path(data_dir).expanduser()
+    folder = expanded(data_dir)
     return next((path for path in (folder / filename, folder / Path(filename).name) if path.is_file()), None)
 
 

@@ -4,19 +4,30 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cbq.data.corpora import check_count
-from cbq.errors import InputError, check_flag, check_text
+from cbq.errors import InputError, check_flag, check_text, expanded
 from cbq.evaluation.agreement import Agreement, Reference, compare, remember
 from cbq.evaluation.perplexity import HeldOutTexts, TextScore, mean_token_nll, text_score
 from cbq.evaluation.recall import Recall, fingerprint, hash_tokens
 from cbq.models.loading import LoadedModel
 
 NOT_RECALLED = Recall(None)
+PROTOCOL_VERSION = "1"  # to be raised when any score would come out otherwise: what is remembered is then forgotten
+
+
+def circumstances() -> tuple[str, ...]:
+    """Return what decides scores besides the model and the data."""
+    return (
+        PROTOCOL_VERSION,
+        version("transformers"),
+        torch.__version__,
+        torch.get_float32_matmul_precision(),
+        torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+    )
 
 
 def show_nothing(elements: Sequence, description: str) -> Iterable:
@@ -90,11 +101,12 @@ class Evaluation:
         self.zero_shot = None
         self.task_options = {"names": list(tasks), "limit": limit, "data_dir": data_dir}
 
-    def prepare(self, loaded: LoadedModel) -> list[str]:
+    def prepare(self, loaded: LoadedModel, full_precision: bool = True) -> list[str]:
         """Read every text and task, so that a bad one is refused before any work is done.
 
         Args:
-            loaded: the model in full precision.
+            loaded: the model.
+            full_precision: its scores are worth remembering, now that it is as it came.
 
         Returns:
             What is worth a word about the data.
@@ -103,10 +115,10 @@ class Evaluation:
             InputError: data are missing, damaged or do not fit the model.
         """
         self.held_out.prepare(loaded.tokenizer, loaded.model.config.vocab_size, loaded.context)
-        if self.cache_dir is not None:
-            context = (fingerprint(loaded.model), version("cbq"), version("transformers"), torch.__version__)
-            machine = (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", platform.machine())
-            self.recall = Recall(Path(self.cache_dir).expanduser(), (*context, *machine))
+        measured = self.held_out.texts or self.task_options["names"]
+        self.recall = NOT_RECALLED
+        if self.cache_dir is not None and full_precision and measured and self.baselines:
+            self.recall = Recall(expanded(self.cache_dir), (fingerprint(loaded.model), *circumstances()))
         if not self.task_options["names"]:
             return []
         from cbq.evaluation.zero_shot import ZeroShot  # seconds, that a run without tasks need not wait

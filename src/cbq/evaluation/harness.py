@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ class HarnessModel(HFLM):
         try:
             super().__init__(
                 pretrained=loaded.model,
-                tokenizer=loaded.tokenizer,
+                tokenizer=deepcopy(loaded.tokenizer),  # it may be given a padding token
                 batch_size=max(1, batch_tokens // loaded.context),  # of what is as long as the context can be
                 max_length=loaded.context,
                 softmax_dtype=torch.float32,
@@ -57,7 +59,7 @@ class HarnessModel(HFLM):
         if longest > self.max_length:
             raise InputError(f"an answer has {longest} tokens, more than the model's context of {self.max_length}")
         ids = [torch.tensor(part) for _, question, answer in requests for part in (question, answer)]
-        key = ("loglikelihood", hash_tokens(ids), str(self.max_length), str(self.batch_tokens))
+        key = ("loglikelihood", version("lm-eval"), hash_tokens(ids), str(self.max_length), str(self.batch_tokens))
         answers = self.recall(key, lambda: self._computed(requests, override_bs))
         return [(likelihood, greedy) for likelihood, greedy in answers]
 
@@ -72,9 +74,12 @@ class HarnessModel(HFLM):
             for _ in self._ticks:  # ends what is shown
                 pass
 
-    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the logits of a batch, and say that it is done."""
-        logits = super()._model_call(*args, **kwargs)
+    @torch.no_grad()
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the logits of a batch, and say that it is done; keys and values are not kept, as lm-eval would."""
+        logits = self.model(inps, use_cache=False).logits
         next(self._ticks, None)
         return logits
 

@@ -18,15 +18,15 @@ class PairedDifference:
         mean: of quantized minus full precision.
         stderr: standard error of the mean; NaN for a single item.
         p_value: how often chance alone would give so one-sided a result if quantization did nothing.
-        num_better: items whose score rose.
-        num_worse: items whose score fell.
+        num_higher: items whose score rose.
+        num_lower: items whose score fell.
     """
 
     mean: float
     stderr: float
     p_value: float
-    num_better: int
-    num_worse: int
+    num_higher: int
+    num_lower: int
 
 
 def paired_difference(full_precision: Sequence[float], quantized: Sequence[float]) -> PairedDifference:
@@ -45,15 +45,15 @@ def paired_difference(full_precision: Sequence[float], quantized: Sequence[float
 
     Example:
         >>> paired_difference([1, 1, 1, 0], [1, 0, 0, 0])
-        PairedDifference(mean=-0.5, stderr=0.28867513459481287, p_value=0.5, num_better=0, num_worse=2)
+        PairedDifference(mean=-0.5, stderr=0.28867513459481287, p_value=0.5, num_higher=0, num_lower=2)
     """
     differences = [after - before for before, after in zip(full_precision, quantized, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count
     variance = math.fsum((value - mean) ** 2 for value in differences) / (count - 1) if count > 1 else math.nan
-    better, worse = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
-    p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    return PairedDifference(mean, math.sqrt(variance / count), p_value, better, worse)
+    higher, lower = sum(value > 0 for value in differences), sum(value < 0 for value in differences)
+    p_value = float(binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
+    return PairedDifference(mean, math.sqrt(variance / count), p_value, higher, lower)
 
 
 def mean_difference(parts: Sequence[PairedDifference]) -> PairedDifference:
@@ -65,11 +65,11 @@ def mean_difference(parts: Sequence[PairedDifference]) -> PairedDifference:
     Returns:
         The mean with its standard error, and the sign test on all changed items together.
     """
-    better, worse = sum(part.num_better for part in parts), sum(part.num_worse for part in parts)
+    higher, lower = sum(part.num_higher for part in parts), sum(part.num_lower for part in parts)
     return PairedDifference(
         mean=math.fsum(part.mean for part in parts) / len(parts),
         stderr=math.hypot(*(part.stderr for part in parts)) / len(parts),
-        p_value=float(binomtest(better, better + worse).pvalue) if better + worse else 1.0,
-        num_better=better,
-        num_worse=worse,
+        p_value=float(binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0,
+        num_higher=higher,
+        num_lower=lower,
     )

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 from cbq.errors import InputError
 from cbq.hub import first_line
 from cbq.models.families import context
-from cbq.models.loading import LoadedModel, quiet_transformers, read_tokenizer
+from cbq.models.loading import LoadedModel, check_complete, check_vocabulary, quiet_transformers, read_tokenizer
 
 
 @torch.no_grad()
@@ -25,12 +25,18 @@ def load_quantized(
         device: to load it to.
         dtype: of what is not quantized, and of what is computed; `auto` is that of the folder.
         dequantize: let compressed-tensors unpack the weights while they are read.
+
+    Raises:
+        InputError: parameters are missing: transformers would make random ones.
     """
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     # The libraries print progress bars for every step, the last one at the first forward.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dequantize is said beside what the folder says, as it must be
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        )
+        check_complete(folder, model.config, info)
         model.eval().to(device)
         model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
     return model
@@ -52,7 +58,10 @@ def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
         tokenizer = read_tokenizer(folder, trust_remote_code=False)
     try:
         model = load_quantized(folder, torch.device("cpu"), dtype)
+    except InputError:
+        raise
     except Exception as error:  # each format of quantized weights has its own library, with errors of its own
         raise InputError(f"transformers cannot load the model in {folder}: {first_line(error)}") from error
+    check_vocabulary(folder, tokenizer, model.config)
     name = folder.resolve().name
     return LoadedModel(name, model.requires_grad_(False), tokenizer, context(model.config), prompt="The")

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cbq.errors import InputError, check_flag, check_text
+from cbq.errors import InputError, check_flag, check_text, expanded
 from cbq.hub import fetch_snapshot, first_line
 from cbq.models.families import context, find_family, get_blocks, supported_types
 from cbq.models.files import HUB_PATTERNS, PICKLE, SAFETENSORS, find_defect, weight_format
@@ -98,7 +98,7 @@ def load_pretrained(
     """
     check_text("model.path", path)
     check_flag("model.trust_remote_code", trust_remote_code)
-    folder = _expanded(path)
+    folder = expanded(path)
     if folder.is_dir():
         return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
     if _looks_local(path):
@@ -113,16 +113,8 @@ def load_pretrained(
 
 def results_name(path: str, name: str | None = None) -> str:
     """Return how results call a model: by its name, its folder's name or its hub id."""
-    folder = _expanded(path)
+    folder = expanded(path)
     return name or (folder.resolve().name if folder.is_dir() else path)
-
-
-def _expanded(path: str) -> Path:
-    """Return a path with the home folder for `~`, or as it is where there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def _looks_local(path: str) -> bool:
@@ -146,14 +138,7 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
     with quiet_transformers():
         config = _read_config(folder, trust_remote_code)
         tokenizer = read_tokenizer(folder, trust_remote_code)
-        # Added tokens may lie beyond: Gemma 3's stands for an image, which its text model never sees.
-        added = tokenizer.get_added_vocab()
-        largest = max((index for token, index in tokenizer.get_vocab().items() if token not in added), default=-1)
-        # Before the weights are read: seven billion of them take minutes.
-        if not 0 <= largest < config.vocab_size:
-            raise InputError(
-                f"tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} ids"
-            )
+        check_vocabulary(folder, tokenizer, config)  # before the weights are read: seven billion of them take minutes
         model = _read_model(folder, config, dtype, trust_remote_code)
     return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(config), prompt)
 
@@ -197,9 +182,40 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote
         ignore_mismatched_sizes=True,  # only so that they are listed below instead of a page of text
         output_loading_info=True,
     )
+    check_complete(folder, config, info)
+    return model
+
+
+def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        InputError: it has some, or no ids at all.
+    """
+    # Added tokens may lie beyond: Gemma 3's stands for an image, which its text model never sees.
+    added = tokenizer.get_added_vocab()
+    largest = max((index for token, index in tokenizer.get_vocab().items() if token not in added), default=-1)
+    if not 0 <= largest < config.vocab_size:
+        raise InputError(
+            f"tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} ids"
+        )
+
+
+def check_complete(folder: Path, config: PreTrainedConfig, info: dict) -> None:
+    """Refuse a checkpoint some of whose parameters are missing, do not fit, or are of blocks that are not there.
+
+    Args:
+        folder: its folder.
+        config: the model's.
+        info: what transformers says of the loading.
+
+    Raises:
+        InputError: there are some.
+    """
     # Parameters of a block that nothing uses (biases, more blocks) mean that config.json describes another model.
     # Position tables of old LLaMA checkpoints are no parameters.
-    blocks = find_family(config).blocks + "."
+    known = config.model_type in supported_types()
+    blocks = (find_family(config).blocks if known else "") + "."
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
     for problem, keys in (
         ("lacks parameters", info["missing_keys"]),
@@ -210,7 +226,6 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise InputError(f"the checkpoint in {folder} {problem}: {', '.join(names[:3])}{more}")
-    return model
 
 
 @contextlib.contextmanager

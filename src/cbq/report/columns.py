@@ -32,9 +32,14 @@ def measured(run: Mapping) -> list[str]:
         >>> measured({"perplexity": {"c4": {}}, "zero_shot": {"piqa": {"quantized": {"acc": 0.5, "acc_norm": 0.6}}}})
         ['c4', 'piqa acc_norm']
     """
-    tasks = {task: row["quantized"] for task, row in run.get("zero_shot", {}).items()}
-    metrics = {task: SEVERAL.get(task, [headline(scores)]) for task, scores in tasks.items() if scores}
-    return [*run.get("perplexity", {}), *(f"{task} {metric}" for task in metrics for metric in metrics[task])]
+    found = [*run.get("perplexity", {})]
+    for task, row in run.get("zero_shot", {}).items():
+        higher = row.get("higher_is_better", {})
+        metric = headline(row["quantized"])
+        # A perplexity among tasks is no share of anything.
+        if metric and higher.get(metric.partition(",")[0], True):
+            found += [f"{task} {each}" for each in SEVERAL.get(task, [metric])]
+    return found
 
 
 def figure_of(run: Mapping, what: str, state: str) -> float | None:

@@ -69,8 +69,8 @@ def describe(runs: Sequence[dict], table: SweepTable) -> list[str]:
     devices = sorted({each["device_name"] or f"{each['device']}, {each['cores']} cores" for each in environments})
     seeds = "one seed" if table.seeds == 1 else f"mean (range) over up to {table.seeds} seeds"
     return [
-        f"Perplexity, lower is better: {seeds}; the best of a column and scheme in bold. Seconds are reconstruction's, "
-        "GiB the peak.",
+        f"Perplexity, lower is better, and scores of tasks in percent, higher is better: {seeds}; the best of a column "
+        "and scheme in bold. Seconds are reconstruction's, GiB the peak.",
         f"Commit {', '.join(commits)}; {', '.join(devices)}.",
         *([CAVEAT] if table.paper else []),
     ]

@@ -44,8 +44,10 @@ def comparable(runs: Sequence[dict], column: tuple[str, str]) -> bool:
     model, what = column
     protocols = [run["protocol"] for run in runs if run["model"] == model and "protocol" in run]
     calibrated = all(CALIBRATION.items() <= protocol.get("calibration", {}).items() for protocol in protocols)
+    # Results of before there was a stride have none.
     evaluated = what in COSTS or all(
-        protocol.get(what, {}).get("segment_tokens") == SEGMENT_TOKENS for protocol in protocols
+        found.get("segment_tokens") == found.get("stride", SEGMENT_TOKENS) == SEGMENT_TOKENS
+        for found in (protocol.get(what, {}) for protocol in protocols)
     )
     return bool(protocols) and calibrated and evaluated
 

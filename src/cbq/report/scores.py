@@ -36,10 +36,10 @@ def print_scores(console: Console, scores: Any, what: str) -> None:
         what: the state.
     """
     for corpus, text in scores.texts.items():
-        console.print(f"perplexity of {what} on {corpus}: {text.perplexity:.4g}")
+        console.print(f"perplexity of {what} on {corpus}: {text.perplexity:.4g}", markup=False)
     for task, score in scores.tasks.items():
         if metric := headline(score.metrics):
-            console.print(f"{task} of {what}: {metric} {score.metrics[metric]:.4f}")
+            console.print(f"{task} of {what}: {metric} {score.metrics[metric]:.4f}", markup=False)
 
 
 def summary_figures(measured: Mapping[str, Mapping]) -> dict[str, float]:
