@@ -66,7 +66,8 @@ def main() -> None:
     from cbq.models.families import find_family
 
     outcomes = Outcomes()
-    code = pytest.main([str(ROOT / "tests" / "models" / "test_families.py"), "-p", "no:cacheprovider"], [outcomes])
+    tests = str(ROOT / "tests" / "models" / "test_families.py")
+    code = pytest.main([tests, "-p", "no:cacheprovider", "-m", "slow or not slow"], [outcomes])
     titles = list(TESTS.values())
     lines = [["family", *titles], ["---"] * (len(titles) + 1)]
     for model, cells in outcomes.cells.items():

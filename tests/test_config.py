@@ -1,6 +1,7 @@
 """Every YAML composes, binds to the signature that it feeds, and says what the paper says."""
 
 import inspect
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -17,7 +18,9 @@ OPTIONS = sorted(
 )
 
 
+@cache
 def compose(*overrides: str) -> DictConfig:
+    """Return a configuration, not to be changed."""
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         return hydra.compose("config", overrides=list(overrides))
 

@@ -85,6 +85,7 @@ def test_jobs_in_processes_of_this_machine(tmp_path):
     assert statuses(tmp_path) == {8: "finished", 4: "finished", 9: "failed"}
 
 
+@pytest.mark.slow
 def test_jobs_of_a_scheduler(tmp_path):
     process = sweep(tmp_path, "hydra/launcher=submitit_local", "cbd.window=8,4")
     assert process.returncode == 0, process.stderr

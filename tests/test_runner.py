@@ -49,7 +49,7 @@ def direct_perplexity(model: torch.nn.Module, tokenizer, text: str, segment_toke
 
 def on_text(path: Path) -> list[str]:
     """Return the options that measure perplexity on one short text."""
-    return [f"evaluation.text_path={path}", "evaluation.segment_tokens=128"]
+    return [f"evaluation.text_path={path}", "evaluation.segment_tokens=128", "evaluation.agreement_tokens=256"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,13 @@ def test_results_follow_the_schema(finished):
     assert all(w["rec_loss_last"] < w["rec_loss_rtn"] for w in results["windows"])
     perplexity = results["perplexity"]["text"]
     assert perplexity["full_precision"] < perplexity["quantized"] < perplexity["rtn"]
+    bits = results["bits_per_byte"]["text"]
+    assert bits["full_precision"] < bits["quantized"] < bits["rtn"]
+    agreement = results["agreement"]["text"]
+    assert 0 < agreement["kl_divergence"] < 1
+    assert 0.5 < agreement["top1"] < 1
+    assert len(agreement["block_snr_db"]) == 8
+    assert agreement["num_tokens"] == 256
     assert results["cost"]["calibration_tokens"] == 4 * 64
 
 
@@ -131,7 +138,7 @@ def test_rtn_is_round_to_nearest_of_every_block_linear(tmp_path, short_text):
     assert results["effective_bits"] == pytest.approx(2.0, abs=0.1)
 
 
-def test_without_baselines_the_same_model_in_less_time(tmp_path, short_text):
+def test_without_baselines_the_same_model(tmp_path, short_text):
     options = ["reconstruction=none", *on_text(short_text)]
     full = run(tmp_path / "full", *options)
     alone = run(tmp_path / "alone", *options, "evaluation.baselines=false")
@@ -141,7 +148,8 @@ def test_without_baselines_the_same_model_in_less_time(tmp_path, short_text):
 
 
 def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
-    options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.epochs=1", "evaluation=none", "cbd.window=8"]
+    options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.num_steps=2", "reconstruction.epochs=null"]
+    options += ["evaluation=none", "cbd.window=8"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, *options, f"seed={seed}")
     weights = {name: (tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in "abc"}
