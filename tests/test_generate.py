@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM
 
 from cbq.checkpoint import load_checkpoint, save_checkpoint
+from cbq.cli import conf_dir
+from cbq.cli.commands import COMMANDS
 from cbq.errors import InputError
 from cbq.generate import Generate
 from cbq.models.loading import load_pretrained
@@ -78,3 +81,19 @@ def test_both_models_beside_each_other(run_folder, tiny_llama_folder, capsys):
 def test_options_out_of_range(run_folder, options, said):
     with pytest.raises(InputError, match=said):
         Generate(**{"checkpoint": str(run_folder), "prompt": PROMPT} | options)
+
+
+def test_a_failure_of_the_writing_thread_is_raised_and_not_waited_for(tiny_llama_folder, monkeypatch):
+    loaded = load_pretrained(str(tiny_llama_folder))
+    monkeypatch.setattr(loaded.model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(stream_text(loaded, "def"))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["it's", "a\\b c\\\\d", "ends with \\", "'quoted' start", '"double" start', "costs ${x} y", "a=b, [c]"]
+)
+def test_prompts_come_through_the_command_line_as_they_are(prompt):
+    (word,) = COMMANDS["generate"].overrides([f"prompt={prompt}"])
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        assert compose("generate", overrides=["checkpoint=x", word]).prompt == prompt

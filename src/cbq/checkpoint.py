@@ -159,8 +159,8 @@ def find_checkpoint(path: str) -> Path:
     """
     if not isinstance(path, str) or not path:
         raise InputError(f"checkpoint must be a folder, got {path!r}")
-    for folder in (Path(path), Path(path) / "checkpoint"):
-        if (folder / QUANTIZED_FILE).is_file():
+    for folder in (expanded(path), expanded(path) / "checkpoint"):
+        if is_folder(folder) and (folder / QUANTIZED_FILE).is_file():
             return folder
     raise InputError(f"checkpoint {path} is neither a checkpoint of cbq nor the folder of a finished run")
 

@@ -1,14 +1,18 @@
 """From a finished model to a folder that an engine loads, proved before it gets its name."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from torch import LongTensor
+from torch import LongTensor, nn
 
 from cbq.data.corpora import CORPORA
-from cbq.errors import InputError, check_flag, check_text
+from cbq.errors import InputError, check_flag, check_text, expanded
 from cbq.evaluation.comparison import Comparison, compare_logits
 from cbq.export.card import card
 from cbq.export.formats import Format, quantized_schemes
@@ -72,7 +76,7 @@ class Export:
             InputError: the model does not fit, or the folder is there already.
         """
         if self.out is not None:
-            check_free(Path(self.out))
+            check_free(expanded(self.out))
         self.format.check(model)
 
     def publish(self, loaded: LoadedModel, default: Path, results: dict) -> dict:
@@ -87,13 +91,12 @@ class Export:
             InputError: the model does not fit, or the folder is there already.
             Disagreement: the engine computes something else. There is no folder then.
         """
-        folder = Path(self.out) if self.out else default
+        folder = expanded(self.out) if self.out else default
         check_free(folder)
         schemes = quantized_schemes(loaded.model)
-        unproved = folder.with_name(f".{folder.name}.unproved")
-        try:
-            shutil.rmtree(unproved, ignore_errors=True)
-            self.format.write(loaded.model, loaded.tokenizer, unproved)
+        with unproved_folder(folder) as unproved:
+            with explained(folder):
+                self.format.write(loaded.model, loaded.tokenizer, unproved)
             size = measure(unproved, loaded.model, list(schemes))
             self.say(f"export: {size} in {folder}")
             comparison = self.prove(loaded, unproved) if self.verify else None
@@ -101,12 +104,10 @@ class Export:
             for note in notes:
                 self.say(f"note: {note}")
             text = card(results, schemes, size, self.format.loading(schemes), self.proof(comparison), notes)
-            (unproved / "README.md").write_text(text, encoding="utf-8")
-            unproved.rename(folder)
-        except OSError as error:
-            raise InputError(f"export.out {folder} cannot be written: {error.strerror or error}") from None
-        finally:
-            shutil.rmtree(unproved, ignore_errors=True)
+            with explained(folder):
+                (unproved / "README.md").write_text(text, encoding="utf-8")
+                check_free(folder)  # still: the proof may have taken minutes
+                unproved.rename(folder)
         return {
             "format": self.format.name,
             "folder": str(folder),
@@ -122,10 +123,16 @@ class Export:
             Disagreement: see `publish`.
         """
         schemes = quantized_schemes(loaded.model)
-        engine = self.format.load_engine(folder, schemes, loaded.model.device)
+        try:
+            engine = self.format.load_engine(folder, schemes, loaded.model.device)
+        except (InputError, OSError) as error:
+            raise Disagreement(f"{self.format.engine} does not load the export, so it is not kept: {error}") from error
         if engine is None:
             self.say(f"export: not verified, {self.format.engine} is not installed")
             return None
+        wrong = [name for name in schemes if not same_weight(loaded.model, engine, name)]
+        if wrong:
+            raise Disagreement(f"the weights that {self.format.engine} reads for {wrong[0]} are not those of the model")
         segments = held_out_segments(loaded)[: self.verify_segments]
         found = compare_logits(loaded.model, engine, segments)
         said = self.proof(found)
@@ -151,6 +158,50 @@ class Export:
         )
 
 
+def same_weight(model: nn.Module, engine: nn.Module, name: str) -> bool:
+    """Return whether an engine's weight of a linear is that of the model, to the bit, where the engine shows it.
+
+    Args:
+        model: the finished model.
+        engine: the same as the engine loads it.
+        name: of the linear.
+    """
+    found, expected = getattr(engine.get_submodule(name), "weight", None), model.get_submodule(name).weight
+    if found is None or not found.is_floating_point() or found.shape != expected.shape:
+        return True  # packed still: logits are all that can be compared
+    return torch.equal(found.to(expected.device), expected.to(found.dtype))
+
+
+@contextmanager
+def unproved_folder(folder: Path) -> Iterator[Path]:
+    """Make a hidden folder of its own beside `folder`, and remove what was not renamed, made parents too."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    with explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unproved = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        unproved.chmod(0o755)
+    try:
+        yield unproved
+    finally:
+        shutil.rmtree(unproved, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Say in one line that a folder cannot be written.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"export.out {folder} cannot be written: {error.strerror or error}") from None
+
+
 def held_out_segments(loaded: LoadedModel) -> LongTensor:
     """Return segments (N, T) of the text that the package ships for tests, in the tokens of a model."""
     length = min(HELD_OUT_TOKENS, loaded.context)
@@ -163,5 +214,7 @@ def check_free(folder: Path) -> None:
     Raises:
         InputError: it is.
     """
-    if folder.exists():
+    with explained(folder):
+        there = folder.exists()
+    if there:
         raise InputError(f"export.out {folder} is there already: choose another, or remove it")

@@ -19,6 +19,7 @@ from cbq.errors import InputError, check_seed
 from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.recall import Recall
+from cbq.export.formats import quantized_schemes
 from cbq.export.targets import NoTarget, Target
 from cbq.exporter import Export, NoExport
 from cbq.method import Method
@@ -156,6 +157,7 @@ class Runner:
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
         notes = self.evaluation.prepare(loaded)
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
+        self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
         loaded.model.to(self.device)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
@@ -256,8 +258,10 @@ class Runner:
             write_results(self.folder.path, self.results)
 
     def fail(self, error: BaseException) -> None:
-        """Write down that the run failed, if it had begun."""
-        if self.results:
+        """Write down that the run failed, if it had begun; of one whose model is finished, that its export did."""
+        if self.results.get("status") == "finished":
+            write_results(self.folder.path, self.results | {"export_error": failure(error)})
+        elif self.results:
             self.tracker.failed()
             write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
 

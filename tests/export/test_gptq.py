@@ -63,11 +63,15 @@ def test_autoround_has_the_same_tensors(finished, tmp_path):
         (QuantScheme(5, 16, scale_dtype="float16"), "weights of 2, 3, 4, 8 bits"),
         (QuantScheme(4, 16), "scales are stored in float16"),
         (
+            QuantScheme(4, 16, scale_dtype="float16", overrides=[{"linears": ".*q_proj", "weight_bits": 16}]),
+            r"one scheme for all linears of the blocks, and model\.layers\.0\.self_attn\.q_proj has none",
+        ),
+        (
             QuantScheme(4, 16, scale_dtype="float16", overrides=[{"linears": ".*q_proj", "weight_bits": 8}]),
             "one scheme for all linears, not W4A16, W8A16",
         ),
     ],
-    ids=["activations", "bits", "scales", "overrides"],
+    ids=["activations", "bits", "scales", "left out", "overrides"],
 )
 def test_what_has_no_place_is_refused(finished, scheme, said):
     with pytest.raises(InputError, match=said):

@@ -118,3 +118,14 @@ def test_scales_are_what_the_type_holds_in_every_forward(dtype):
     assert quantizer.step_size.multiplier.grad[1:].all()
     integers = quantizer.nearest(weight).unflatten(-1, (2, 16)) / quantizer.initial_scale
     assert torch.allclose(integers, integers.round(), atol=1e-3)
+
+
+def test_overrides_that_only_together_are_too_much():
+    """Each can be run; the linear that both match cannot."""
+    overrides = [{"linears": ".*mlp.*", "act_bits": 8}, {"linears": ".*down_proj", "group_size": 32}]
+    scheme = VLLM().constrain(QuantScheme(4, 16, overrides=overrides))
+    schemes = {name: scheme.of_linear([name]) for name in ("q_proj", "mlp.up_proj", "mlp.down_proj")}
+    with pytest.raises(InputError, match=r"target=vllm cannot run .*mlp.down_proj"):
+        VLLM().check(schemes)
+    del schemes["mlp.down_proj"]
+    VLLM().check(schemes)

@@ -1,5 +1,6 @@
 """What `cbq` can be told to do."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +52,21 @@ class Command:
         return [f"{self.argument}={quote(words[0])}", *words[1:]]
 
     def _quoted(self, word: str) -> str:
-        """Return an option that is a text in quotes, if it has none; any other as it is."""
+        """Return an option that is a text in quotes; any other as it is."""
         key, _, value = word.partition("=")
-        return f"{key}={quote(value)}" if key in self.texts and value and value[0] not in "'\"" else word
+        return f"{key}={quote(value)}" if key in self.texts and value else word
 
 
 def quote(text: str) -> str:
-    """Return a text that hydra takes for one value."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """Return a text that hydra takes for one value, and nothing in it for an interpolation.
+
+    Example:
+        >>> print(quote("it's ${x}"))
+        'it\\'s \\${x}'
+    """
+    # Hydra takes a backslash for itself, unless it stands before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return "'" + escaped.replace("${", "\\${") + "'"
 
 
 def quantize(config: DictConfig) -> None:
@@ -117,11 +125,13 @@ def report(config: DictConfig) -> None:
 
 def export(config: DictConfig) -> None:
     """Write a checkpoint in the format of an engine."""
+    check_keys(config, "export")
     instantiate(config.command, checkpoint=config.checkpoint).run()
 
 
 def generate(config: DictConfig) -> None:
     """Continue a prompt, beside the model that a run started from if that is wanted."""
+    check_keys(config, "generate")
     load_base = None
     run_config = find_checkpoint(config.checkpoint).parent / CONFIG_NAME
     if config.compare and run_config.is_file():

@@ -50,6 +50,9 @@ def main() -> None:
         print(f"cbq: unknown command {command!r}: it must be one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     chosen = COMMANDS[command]
+    if not chosen.fills_folder and {"-m", "--multirun"} & set(words):
+        print(f"cbq: {command} is one job: leave out -m", file=sys.stderr)
+        sys.exit(2)
     sys.argv[1:] = chosen.overrides(words)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises what it would print, so that it can be said in one line
     codes: list[int] = []

@@ -18,8 +18,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import nn
 
 from cbq.errors import InputError
-from cbq.export.formats import Format, signed
+from cbq.export.formats import Format, quantized_schemes, signed
 from cbq.models.engine import load_quantized
+from cbq.models.loading import PreTrainedModel
 from cbq.quant.linear import FusedLinear, QuantLinear
 from cbq.quant.scheme import FULL_PRECISION_BITS, QuantScheme
 
@@ -76,6 +77,15 @@ class CompressedTensors(Format):
             raise InputError(
                 f"export={self.name}: {name} has quantized activations and full-precision weights, which no engine "
                 f"computes: quant.weight_bits=8, or quant.act_bits={FULL_PRECISION_BITS}"
+            )
+
+    def check(self, model: PreTrainedModel) -> None:
+        super().check(model)
+        schemes = quantized_schemes(model)
+        if needs_dequantize(schemes) and any(scheme.quantizes_activations for scheme in schemes.values()):
+            raise InputError(
+                f"export={self.name}: of weights that are quantized alone transformers reads zero points only where it "
+                "drops all quantization of activations: quant.symmetric=true"
             )
 
     def tensors(self, linear: FusedLinear) -> dict[str, torch.Tensor]:
@@ -170,8 +180,8 @@ class CompressedTensors(Format):
             )
         if needs_dequantize(schemes):
             notes.append(
-                "The weights have packed zero points: vLLM loads them, transformers only with "
-                "quantization_config=CompressedTensorsConfig(dequantize=True)."
+                "The weights have packed zero points, which transformers reads only with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True); vLLM's CPU build runs those of 4 bits."
             )
         return notes
 

@@ -69,7 +69,7 @@ class GPTQ(Format):
         return 1 if scheme.symmetric else 0
 
     def quantization_config(self, schemes: Mapping[str, QuantScheme], others: list[str]) -> dict:
-        scheme = self.only_scheme(schemes)
+        scheme = self.only_scheme(schemes, others)
         return {
             "quant_method": "gptq",
             "bits": scheme.weight_bits,
@@ -81,8 +81,12 @@ class GPTQ(Format):
             "pack_dtype": "int32",
         }
 
-    def only_scheme(self, schemes: Mapping[str, QuantScheme]) -> QuantScheme:
-        """Return the scheme of all linears.
+    def only_scheme(self, schemes: Mapping[str, QuantScheme], others: list[str]) -> QuantScheme:
+        """Return the scheme of all linears of the blocks.
+
+        Args:
+            schemes: of the quantized linears, by name.
+            others: the names of all other linears; the head is outside the blocks.
 
         Raises:
             InputError: there are several, or linears that are left in full precision.
@@ -91,6 +95,9 @@ class GPTQ(Format):
         if len(different) > 1:
             labels = ", ".join(sorted({scheme.label for scheme in different.values()}))
             raise InputError(f"export={self.name} has one scheme for all linears, not {labels}: no quant.overrides")
+        left = [name for name in others if block_list(name) in map(block_list, schemes)]
+        if left:
+            raise InputError(f"export={self.name} has one scheme for all linears of the blocks, and {left[0]} has none")
         return next(iter(different.values()))
 
     def is_exact(self, schemes: Mapping[str, QuantScheme]) -> bool:
@@ -125,8 +132,8 @@ class AutoRound(GPTQ):
     package = "auto_round"
 
     def quantization_config(self, schemes: Mapping[str, QuantScheme], others: list[str]) -> dict:
-        scheme = self.only_scheme(schemes)
-        blocks = {re.split(r"\.\d+\.", name)[0] for name in schemes}
+        scheme = self.only_scheme(schemes, others)
+        blocks = set(map(block_list, schemes))
         return {
             "quant_method": "auto-round",
             "bits": scheme.weight_bits,
@@ -137,3 +144,13 @@ class AutoRound(GPTQ):
             "block_name_to_quantize": ",".join(sorted(blocks)),
             "autoround_version": "0.16.1",
         }
+
+
+def block_list(name: str) -> str:
+    """Return the name of the list of blocks that a linear is in, or all of its name.
+
+    Example:
+        >>> block_list("model.layers.0.mlp.up_proj"), block_list("lm_head")
+        ('model.layers', 'lm_head')
+    """
+    return re.split(r"\.\d+\.", name)[0]

@@ -6,6 +6,7 @@ CPU (docs/export.md).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from cbq.errors import InputError
@@ -20,6 +21,9 @@ class NoTarget:
     def constrain(self, scheme: QuantScheme) -> QuantScheme:
         """Return the scheme as it is."""
         return scheme
+
+    def check(self, schemes: Mapping[str, QuantScheme]) -> None:
+        """Refuse nothing."""
 
 
 class Target(ABC):
@@ -49,6 +53,23 @@ class Target(ABC):
             given = {name: getattr(found, name) for name in OF_LINEARS if name in override}
             overrides.append({"linears": override["linears"]} | given | different)
         return replace(base, overrides=overrides or scheme.overrides)
+
+    def check(self, schemes: Mapping[str, QuantScheme]) -> None:
+        """Refuse what several overrides make of a linear together, where each of them alone can be run.
+
+        Args:
+            schemes: of the linears, by name.
+
+        Raises:
+            InputError: the engine computes something else for one.
+        """
+        for name, scheme in schemes.items():
+            try:
+                same = self.constrain_linear(scheme) == scheme
+            except InputError:
+                same = False
+            if not same:
+                raise InputError(f"target={self.name} cannot run {name} as quant.overrides make it: {scheme.label}")
 
     def constrain_linear(self, scheme: QuantScheme) -> QuantScheme:
         """Return the scheme that the engine computes for a linear; one in full precision stays.

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import warnings
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
     with quiet_transformers():
         tokenizer = read_tokenizer(folder, trust_remote_code=False)
     try:
-        model = load_quantized(folder, torch.device("cpu"), dtype)
+        model = load_quantized(folder, torch.device("cpu"), dtype, dequantize=has_packed_zero_points(folder))
     except InputError:
         raise
     except Exception as error:  # each format of quantized weights has its own library, with errors of its own
@@ -65,3 +66,14 @@ def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
     check_vocabulary(folder, tokenizer, model.config)
     name = folder.resolve().name
     return LoadedModel(name, model.requires_grad_(False), tokenizer, context(model.config), prompt="The")
+
+
+def has_packed_zero_points(folder: Path) -> bool:
+    """Return whether compressed-tensors reads a folder's weights only while it unpacks them."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+        groups = config.get("config_groups", {}).values()
+        packed = [group for group in groups if "pack" in (group.get("format") or config.get("format", ""))]
+        return any(not group["weights"]["symmetric"] for group in packed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

@@ -42,22 +42,33 @@ def stream_text(
     options["pad_token_id"] = loaded.tokenizer.eos_token_id if pad is None else pad
     torch.manual_seed(seed)
     arguments = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "streamer": streamer}
-    thread = Thread(target=loaded.model.generate, kwargs=arguments | options, daemon=True)
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            loaded.model.generate(**arguments, **options)
+        except BaseException as error:  # of the other thread: it is raised where the text is read
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=write, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
+    if failures:
+        raise failures[0]
 
 
 class PieceStreamer(TextIteratorStreamer):
     """Hands on a piece for every token: transformers' own waits for whole words."""
 
     def put(self, value: torch.Tensor) -> None:
-        if self.skip_prompt and self.next_tokens_are_prompt:
-            self.next_tokens_are_prompt = False
-            self.written = ""
-            return
         self.token_cache.extend(value.flatten().tolist())
         text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
+        if self.next_tokens_are_prompt:  # kept, because tokenizers drop the space before a first word
+            self.next_tokens_are_prompt = False
+            self.written = text
+            return
         whole = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(self.written) :]
         self.written += whole
         self.on_finalized_text(whole)

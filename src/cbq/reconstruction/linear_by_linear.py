@@ -24,7 +24,7 @@ def quantize_alike(one: ActQuantizer | None, other: ActQuantizer | None) -> bool
     """Return whether two activation quantizers make the same of every input."""
     if one is None or other is None:
         return one is other
-    options = [(type(q), q.bits, q.symmetric, q.denominator) for q in (one, other)]
+    options = [(type(q), q.bits, q.symmetric, q.denominator, q.as_engine) for q in (one, other)]
     tensors = [q.state_dict().values() for q in (one, other)]
     return options[0] == options[1] and all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
