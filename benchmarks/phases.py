@@ -36,7 +36,7 @@ from cbq.tracking import Tracker
 # Where a function is looked up, and its name there.
 PHASES: dict[str, list[tuple[object, str]]] = {
     "loading": [(Runner, "prepare")],
-    "evaluation": [(Runner, "evaluate")],
+    "evaluation": [(Runner, "score")],
     "sample texts": [(cbq.runner, "generate_text")],
     "activation streams": [(ActivationCache, "__init__"), (ActivationCache, "advance_quantized")],
     "targets": [(ActivationCache, "advance_full_precision")],

@@ -111,8 +111,8 @@ def text_score(nll: float, bytes_per_token: float) -> TextScore:
     """Return how well a text is predicted, from the mean negative log likelihood of its tokens in nats.
 
     Example:
-        >>> text_score(math.log(16), bytes_per_token=4.0)
-        TextScore(nll=2.772588722239781, perplexity=16.0, bits_per_byte=1.0)
+        >>> text_score(math.log(2), bytes_per_token=4.0).bits_per_byte
+        0.25
     """
     perplexity = float(torch.tensor(nll, dtype=torch.float64).exp())  # math.exp would raise where it overflows
     return TextScore(nll, perplexity, nll / math.log(2) / bytes_per_token)
