@@ -11,12 +11,12 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports its own package and lower rows; never sideways, never up.
 ROWS = (
-    {"errors", "__init__"},
+    {"errors", "durable", "__init__"},
     {"hub"},
     {"quant", "models", "data", "streams", "devices"},
     {"activations", "quantized", "method"},
     {"preprocess", "reconstruction", "evaluation", "export"},
-    {"checkpoint", "exporter", "tracking", "cost", "results", "run_folder", "report"},
+    {"checkpoint", "state", "exporter", "tracking", "cost", "results", "run_folder", "report"},
     {"runner", "evaluator", "api", "export_checkpoint", "generate"},
     {"cli"},
     {"__main__"},

@@ -3,7 +3,7 @@
 Shapes: N segments, B batch, T tokens, D hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -127,6 +127,34 @@ class ActivationCache:
 
     def __len__(self) -> int:
         return len(self.full_precision)
+
+    def put_back(
+        self, full_precision: tuple[int, Iterable[torch.Tensor]], quantized: tuple[int, Iterable[torch.Tensor]]
+    ) -> None:
+        """Put both streams where those of an earlier run were.
+
+        Args:
+            full_precision: the block whose input it is, and its segments in order, in parts (B, T, D).
+            quantized: likewise.
+
+        Raises:
+            RuntimeError: the parts are not the segments of this cache.
+        """
+        streams = (
+            self.full_precision,
+            self.place.make(self.full_precision.shape, self.full_precision.dtype, self.device),
+        )
+        for stream, (_, parts) in zip(streams, (full_precision, quantized), strict=True):
+            count = 0
+            for part in parts:
+                if part.dtype != stream.dtype:
+                    raise RuntimeError(f"a stream of {part.dtype}, not {stream.dtype}")
+                stream[count : count + len(part)] = part
+                count += len(part)
+            if count != len(stream):
+                raise RuntimeError(f"a stream of {count} segments, not {len(stream)}")
+        self.full_precision, self.quantized = streams
+        self.full_precision_at, self.quantized_at = full_precision[0], quantized[0]
 
     def _first_stream(self, model: nn.Module, segments: torch.Tensor) -> Stream:
         """Return the input of the first block."""

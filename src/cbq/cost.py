@@ -93,5 +93,16 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def total_seconds(self) -> float:
-        """Return the wall time since the stopwatch was made."""
+        """Return the wall time since the stopwatch was made, and what it goes on from."""
         return time.perf_counter() - self._start
+
+    def go_on(self, seconds: dict[str, float], total_seconds: float) -> None:
+        """Add what another stopwatch said that this one goes on from.
+
+        Args:
+            seconds: by phase.
+            total_seconds: of all.
+        """
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self._start -= total_seconds

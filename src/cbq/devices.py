@@ -1,6 +1,8 @@
 """What the machine has to compute with."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,3 +18,20 @@ def visible_gpus() -> list[str]:
     if named is None:
         return [str(index) for index in range(torch.cuda.device_count())]
     return [name for name in named.split(",") if name]
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Let torch use only algorithms that give the same bits every time inside, if that is wanted.
+
+    Note: a CPU does so anyway. On a GPU some sums come out in another order each time; cuBLAS must know before its
+        first product.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

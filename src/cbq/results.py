@@ -6,7 +6,6 @@ JSON has no infinity, and a file that only Python can read is not public.
 
 import json
 import math
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -17,11 +16,18 @@ import torch
 
 import cbq
 from cbq.devices import num_cores
+from cbq.durable import write_text
 from cbq.errors import InputError
 
 FORMAT_VERSION = 1
 RESULTS_NAME = "results.json"
 SCHEMA_PATH = Path(__file__).with_name("results.schema.json")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes results."""
+    # Not `transformers.__version__`: only cbq.models imports transformers.
+    return {"cbq": cbq.__version__} | {name: version(name) for name in ("torch", "transformers", "lightning")}
 
 
 def environment(device: str) -> dict:
@@ -75,12 +81,7 @@ def write_json(path: Path, results: dict) -> None:
         allow_nan=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # the content before the name, or a power cut leaves an empty file under it
-    os.replace(temporary, path)
+    write_text(path, text + "\n")
 
 
 def read_results(folder: Path) -> dict | None:

@@ -1,7 +1,8 @@
 """The folder of a run: what may be started in it, and what it says of itself."""
 
 import shutil
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,24 +11,30 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cbq.durable import replacing, write_text
 from cbq.errors import InputError, check_flag
-from cbq.results import RESULTS_NAME, read_results
+from cbq.results import RESULTS_NAME, failure, read_results, write_results
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"
+ERROR_NAME = "error.txt"
+LOG_NAME = "run.log"
+STATE_NAME = "state"
+# What a run that goes on keeps; it is made anew otherwise.
+KEPT_BY_RESUME = ("metrics.csv", "wandb", STATE_NAME, LOG_NAME)
 OUTPUTS = (
     RESULTS_NAME,
     CONFIG_NAME,
-    "metrics.csv",
+    *KEPT_BY_RESUME,
     "checkpoint",
     "export",
-    "wandb",
-    "state",
     "trace.json",
     "profile.txt",
+    ERROR_NAME,
 )
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "save_state", "tracking", "activations", "runner")
+MANY = 3  # differences are not all named
 
 
 class RunFolder:
@@ -37,16 +44,28 @@ class RunFolder:
         path: made when the run starts.
         config: the composed configuration of the run.
         overwrite: forget what is there.
+        overrides: what was typed to make the configuration.
     """
 
-    def __init__(self, path: Path, config: DictConfig, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, config: DictConfig, overwrite: bool = False, overrides: Sequence[str] = ()) -> None:
         check_flag("overwrite", overwrite)
         self.path = path
         self.config = config
         self.overwrite = overwrite
+        self.overrides = list(overrides)
+
+    @property
+    def state_path(self) -> Path:
+        """Where the state of the run is."""
+        return self.path / STATE_NAME
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a run that did not finish is here and not to be forgotten; of a folder that `is_finished` took."""
+        return not self.overwrite and (self.path / RESULTS_NAME).is_file()
 
     def is_finished(self) -> bool:
-        """Return whether this very run is already finished here. One that is not is to be started anew.
+        """Return whether this very run is already finished here. One that is not goes on.
 
         Raises:
             InputError: the folder holds a run of another configuration, or no run but files with a run's names.
@@ -59,12 +78,17 @@ class RunFolder:
             others = [name for name in OUTPUTS if (self.path / name).exists()]
         except OSError as error:
             raise InputError(f"hydra.run.dir {self.path} cannot be used: {error.strerror}") from None
+        if results is None and others == [CONFIG_NAME] and not self._differences():  # killed as it began
+            return False
         if results is None and others:  # not ours to remove, whatever `overwrite` says
             raise InputError(f"{self.path} holds no run of cbq, but {', '.join(others)}: choose another hydra.run.dir")
         if results is None:
             return False
-        if self._stored_experiment() != experiment(self.config):
-            raise InputError(f"{self.path} holds a run with a different configuration: {way_out}")
+        differences = self._differences()
+        if differences:
+            raise InputError(
+                f"{self.path} holds a run with a different configuration ({shortened(differences)}): {way_out}"
+            )
         return results["status"] == "finished"
 
     def is_free(self) -> bool:
@@ -74,12 +98,18 @@ class RunFolder:
             return not any((self.path / name).exists() for name in OUTPUTS)
         return results["status"] != "finished"
 
-    def _stored_experiment(self) -> dict | None:
-        """Return what decides the result of the run that is here, or None where that cannot be read."""
+    def _differences(self) -> list[str]:
+        """Return what decides the result and is not what it was in the run that is here, in words."""
         try:
-            return experiment(OmegaConf.load(self.path / CONFIG_NAME))
-        except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
-            return None
+            there = experiment(OmegaConf.load(self.path / CONFIG_NAME))
+        except (OSError, YAMLError, OmegaConfBaseException, AttributeError, ValueError):
+            return [f"its {CONFIG_NAME} cannot be read"]
+        before, now = dotted(there), dotted(experiment(self.config))
+        return [
+            f"{key} was {before.get(key, 'not there')}, is {now.get(key, 'not there')}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key, KeyError) != now.get(key, KeyError)
+        ]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -102,16 +132,48 @@ class RunFolder:
             (self.path / LOCK_NAME).unlink(missing_ok=True)
             lock.release()
 
-    def start(self) -> None:
-        """Remove what an earlier run left, and write down the configuration; the folder must be `held`."""
+    def start(self, results: dict) -> None:
+        """Remove what an earlier run left, but what this one goes on from, and write down what is known.
+
+        Killed at any moment, it leaves a folder in which this run can be started again. The folder must be `held`.
+
+        Args:
+            results: what `results.json` says until the run ends; what was typed is added.
+        """
+        results |= {"overrides": self.overrides, "working_folder": str(Path.cwd())}
         self.path.mkdir(parents=True, exist_ok=True)
+        kept = {RESULTS_NAME, CONFIG_NAME, *(KEPT_BY_RESUME if self.goes_on else ())}
+        if (self.path / RESULTS_NAME).exists():  # first: what is removed below must not count as finished
+            write_results(self.path, results)
+        with replacing(self.path / CONFIG_NAME) as temporary:
+            OmegaConf.save(self.config, temporary)
         for name in OUTPUTS:
             old = self.path / name
+            if name in kept:
+                continue
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             else:
                 old.unlink(missing_ok=True)
-        OmegaConf.save(self.config, self.path / CONFIG_NAME)
+        write_results(self.path, results)
+
+    def report_failure(self, error: BaseException, last_state: str, environment: dict) -> None:
+        """Write down what ended the run, where it was, and with which configuration.
+
+        Args:
+            error: what was raised.
+            last_state: how far the run was, and how it goes on, in words.
+            environment: of versions and hardware.
+        """
+        parts = {
+            "error": failure(error),
+            "last state": last_state,
+            "environment": "\n".join(f"{key}: {value}" for key, value in environment.items()),
+            "traceback": "".join(traceback.format_exception(error)).rstrip(),
+            "configuration": OmegaConf.to_yaml(self.config).rstrip(),
+        }
+        text = "\n\n".join(f"[{title}]\n{content}" for title, content in parts.items())
+        write_text(self.path / ERROR_NAME, text + "\n")
 
 
 def withdraw(folder: Path) -> None:
@@ -131,3 +193,22 @@ def experiment(config: DictConfig) -> dict:
         for key in ("baselines", "cache_dir"):  # say nothing about the quantized model
             plain["evaluation"].pop(key, None)
     return {key: value for key, value in plain.items() if key not in NOT_THE_EXPERIMENT}
+
+
+def dotted(nested: dict, prefix: str = "") -> dict:
+    """Return every value by its dotted key.
+
+    Example:
+        >>> dotted({"quant": {"bits": 4}, "seed": 0})
+        {'quant.bits': 4, 'seed': 0}
+    """
+    flat = {}
+    for key, value in nested.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def shortened(differences: list[str]) -> str:
+    """Return the first differences, and how many there are more."""
+    more = len(differences) - MANY
+    return "; ".join(differences[:MANY]) + (f"; and {more} more" if more > 0 else "")

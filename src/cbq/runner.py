@@ -1,13 +1,13 @@
 """The whole of CBQ, in the order of the paper's Figure 2."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import nn
 
@@ -15,10 +15,11 @@ from cbq.activations import stream_bytes
 from cbq.checkpoint import save_checkpoint
 from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
 from cbq.data.calibration import Calibration
-from cbq.errors import InputError, check_seed
-from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
+from cbq.devices import deterministic_algorithms
+from cbq.errors import InputError, check_flag, check_seed
+from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores, circumstances
 from cbq.evaluation.generation import generate_text
-from cbq.evaluation.recall import Recall
+from cbq.evaluation.recall import Recall, fingerprint
 from cbq.export.formats import quantized_schemes
 from cbq.export.targets import NoTarget, Target
 from cbq.exporter import Export, NoExport
@@ -26,7 +27,7 @@ from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
-from cbq.quant.linear import fused_linears
+from cbq.quant.linear import effective_bits
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
@@ -35,16 +36,16 @@ from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows, Window
+from cbq.report.experts import lines_on_few_tokens
+from cbq.report.log import LoggedConsole, logged_to
 from cbq.report.progress import WindowProgress
 from cbq.report.scores import print_scores, summary_figures
 from cbq.report.summary import print_summary
-from cbq.results import environment, failure, write_results
-from cbq.run_folder import RunFolder
+from cbq.results import environment, failure, versions, write_results
+from cbq.run_folder import LOG_NAME, RunFolder
+from cbq.state.run_state import NO_STATE, RunState
 from cbq.streams.places import Place, StreamPlacement
 from cbq.tracking import Tracker
-
-SCALE_BITS = 16  # what engines store a scale in
-FEW_TOKENS = 0.1  # of an expert's even share
 
 
 class Runner:
@@ -67,6 +68,8 @@ class Runner:
         method: its name, and which schemes it is for.
         settings: every option, flat, for results.
         seed: of everything random.
+        save_state: after every window, so that a run that is interrupted goes on from there.
+        deterministic: the same bits every time, on a GPU too, where that is slower.
 
     Raises:
         InputError: the seed is out of range; `run` raises it for everything else that the user gave.
@@ -90,8 +93,12 @@ class Runner:
         method: Method,
         settings: dict,
         seed: int,
+        save_state: bool = True,
+        deterministic: bool = False,
     ) -> None:
         check_seed("seed", seed)
+        check_flag("save_state", save_state)
+        check_flag("deterministic", deterministic)
         method.check(scheme)
         if profile is not None and not callable(profile):
             raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
@@ -113,13 +120,23 @@ class Runner:
         self.settings = settings | {f"quant.{name}": value for name, value in self.constraints.items()}
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.console = Console(highlight=False)
+        self.deterministic = deterministic
+        self.console = LoggedConsole(highlight=False)
         self.track = partial(track, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.stopwatch = Stopwatch()
+        self.curves = WindowCurves(tracker.log)
+        self.state = NO_STATE
+        if save_state:
+            self.state = RunState(folder.state_path, solver, self.progress_facts, self.say)
         self.results: dict = {}
 
     def run(self) -> dict:
-        """Quantize, evaluate and save; return what `results.json` holds."""
+        """Quantize, evaluate and save; go on where an interrupted run was. Return what `results.json` holds."""
+        with deterministic_algorithms(self.deterministic), ExitStack() as self.while_running:
+            return self.run_all()
+
+    def run_all(self) -> dict:
+        """Do what `run` says, step by step."""
         L.seed_everything(self.seed, verbose=False)
         reset_peak_device_memory(self.device)
         loaded, segments, plan, place = self.prepare()
@@ -130,12 +147,14 @@ class Runner:
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
-            rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", baseline=True)
-        self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
-        set_act_ranges_(loaded.model, loaded.blocks, segments, place)
+            rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", self.recall("rtn"), baseline=True)
+        if not self.state.found:
+            self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
+            set_act_ranges_(loaded.model, loaded.blocks, segments, place)
+            self.state.begin(loaded.blocks)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
-        quantized = self.score(evaluation.score, loaded, self.scheme.label)
+        quantized = self.score(evaluation.score, loaded, self.scheme.label, self.recall("quantized"))
         agreement = evaluation.agreement(loaded, references)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
@@ -156,12 +175,17 @@ class Runner:
         vocab_size = loaded.model.config.vocab_size
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
         notes = self.evaluation.prepare(loaded)
+        self.identity = versions() | {
+            "model": fingerprint(loaded.model),
+            "calibration": self.calibration.describe()["sha256"],
+        }
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
         loaded.model.to(self.device)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
         place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
+        self.state.find(self.identity, self.folder.goes_on)
         self.results = {
             "status": "running",
             "model": loaded.name,
@@ -171,9 +195,10 @@ class Runner:
             "settings": self.settings,
             "protocol": self.evaluation.protocol() | {"calibration": self.calibration.describe()},
             "environment": environment(str(self.device)),
+            "fingerprint": {"model": self.identity["model"]},
         }
-        self.folder.start()
-        write_results(self.folder.path, self.results)
+        self.folder.start(self.results)
+        self.while_running.enter_context(logged_to(self.folder.path / LOG_NAME))
         tags = [self.scheme.label, self.method.name, loaded.name]
         self.tracker.start(
             self.folder.path, f"{loaded.name} {self.scheme.label} {self.method.name}", self.settings, tags
@@ -185,24 +210,45 @@ class Runner:
         )
         for note in notes:
             self.console.print(note)
+        if self.state.found:
+            self.go_on(len(plan))
         if self.constraints:
             said = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
             self.console.print(f"for target={self.target.name}: {said}", soft_wrap=True)
         return loaded, segments, plan, place
+
+    def go_on(self, num_windows: int) -> None:
+        """Take up what an interrupted run left, besides the model, and say so."""
+        facts = self.state.facts
+        self.stopwatch.go_on(facts["seconds"], facts["total_seconds"])
+        self.curves.step, self.curves.window = facts["curves"]
+        self.console.print(f"going on after window {len(facts['windows'])} of {num_windows}")
+
+    def progress_facts(self) -> dict:
+        """Return what `go_on` needs."""
+        return {
+            "seconds": self.stopwatch.seconds,
+            "total_seconds": self.stopwatch.total_seconds(),
+            "curves": [self.curves.step, self.curves.window],
+        }
+
+    def recall(self, what: str) -> Recall:
+        """Return what remembers scores of this run, so that one that goes on need not measure them again."""
+        if self.state is NO_STATE:
+            return NOT_RECALLED
+        return Recall(self.folder.state_path / "scores", (what, *self.identity.values(), *circumstances()))
+
+    def say(self, line: str) -> None:
+        """Tell the user."""
+        self.console.print(line, soft_wrap=True)
 
     def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
         """Record how many calibration tokens each expert is sent, if the model has any; say which learn from few."""
         counts = expert_tokens(loaded.model, loaded.blocks, segments, place)
         if counts:
             self.results["expert_tokens"] = counts
-        for name, tokens in counts.items():
-            few = [index for index, count in enumerate(tokens) if count < FEW_TOKENS * sum(tokens) / len(tokens)]
-            if few:
-                self.console.print(
-                    f"few calibration tokens in {name}: "
-                    + ", ".join(f"expert {index} has {tokens[index]}" for index in few)
-                    + f" of {segments.numel()}"
-                )
+        for line in lines_on_few_tokens(counts, segments.numel()):
+            self.console.print(line)
 
     def score(
         self,
@@ -225,9 +271,11 @@ class Runner:
     ) -> list[WindowResult]:
         """Solve every window, shown and recorded; the blocks end fused."""
         with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
-            progress.start(len(plan), [self.solver.steps(len(segments))] * len(plan))
-            callbacks = [WindowCurves(self.tracker.log), progress, *([self.profile] if self.profile else [])]
-            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, progress.finish_window, place)
+            steps = [self.solver.steps(len(segments))] * len(plan)
+            progress.start(len(plan), steps, len(self.state.facts.get("windows", [])))
+            callbacks = [self.curves, progress, *([self.profile] if self.profile else [])]
+            on_window = progress.finish_window
+            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, on_window, place, self.state)
 
     def finish(
         self, model: nn.Module, measured: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor
@@ -249,6 +297,7 @@ class Runner:
         }
         self.tracker.finish(summary_figures(measured) | {"effective_bits": self.results["effective_bits"]})
         write_results(self.folder.path, self.results)
+        self.state.discard()
 
     def publish(self, loaded: LoadedModel) -> None:
         """Write the model for an engine, if that is asked for, and record it."""
@@ -264,18 +313,7 @@ class Runner:
         elif self.results:
             self.tracker.failed()
             write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
-
-
-def effective_bits(model: nn.Module) -> float:
-    """Return the bits stored a weight of the blocks' linears: integers, 16-bit scales, zero points where they vary."""
-    bits, weights = 0, 0
-    for _, linear in fused_linears(model):
-        weights += linear.weight.numel()
-        bits += linear.weight.numel() * linear.scheme.weight_bits
-        if linear.integers is not None:
-            zero_point_bits = 0 if linear.scheme.symmetric else linear.scheme.weight_bits
-            bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
-    return bits / weights
+            self.folder.report_failure(error, self.state.describe(), self.results["environment"])
 
 
 def changes(wanted: QuantScheme, found: QuantScheme) -> dict:

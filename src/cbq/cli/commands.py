@@ -1,6 +1,7 @@
 """What `cbq` can be told to do."""
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from cbq.checkpoint import find_checkpoint
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten
 from cbq.models.loading import results_name
 from cbq.report.command import SweepReport
-from cbq.results import environment, failure, write_results
+from cbq.results import environment, failure
 from cbq.run_folder import CONFIG_NAME, RunFolder
 
 
@@ -71,7 +72,8 @@ def quote(text: str) -> str:
 
 def quantize(config: DictConfig) -> None:
     """Quantize one model into the job's folder, unless this very run is finished there."""
-    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir), config, config.overwrite)
+    typed = list(HydraConfig.get().overrides.task)
+    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir), config, config.overwrite, typed)
     if folder.is_finished():
         print(f"already finished: {folder.path} (overwrite=true starts anew)")
         return
@@ -82,16 +84,16 @@ def quantize(config: DictConfig) -> None:
         try:
             settings = flatten(config) | settings
             check_keys(config)
-            check_combination(config, HydraConfig.get().overrides.task)
+            check_combination(config, typed)
             runner = instantiate(config.runner, folder=folder, settings=settings)
             runner.run()
         except BaseException as error:
             if runner is not None and runner.results:
                 runner.fail(error)
             elif HydraConfig.get().mode is RunMode.MULTIRUN and folder.is_free():  # a cell of a table, which shows it
-                results = failed_results(config, settings, error)
-                folder.start()
-                write_results(folder.path, results)
+                folder.start(failed_results(config, settings, error))
+            if isinstance(error, KeyboardInterrupt) and runner is not None and runner.results:
+                print(f"cbq: to go on: cbq resume={folder.path}", file=sys.stderr)
             raise
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cbq.errors import InputError
 
-NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "hydra"}
+NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "save_state", "hydra"}
 NOT_OPTIONS = {"runner", "evaluator", "command", "defaults", "hydra"}
 
 

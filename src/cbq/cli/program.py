@@ -1,10 +1,12 @@
 """The program: pick the command, compose its configuration, run it, explain mistakes."""
 
 import os
+import signal
 import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,8 +17,9 @@ from cbq.cli.commands import COMMANDS, Command
 from cbq.cli.mistakes import explain
 from cbq.cli.options import conf_dir
 from cbq.cli.resolvers import register
+from cbq.cli.resume import resumed
 from cbq.errors import InputError
-from cbq.run_folder import withdraw
+from cbq.run_folder import ERROR_NAME, withdraw
 
 register()  # here, so that a launcher's process has them as soon as it unpacks its job
 
@@ -26,6 +29,7 @@ USAGE = """cbq: cross-block quantization of large language models
   cbq quant=w4a4 cbd.overlap=1      the embedded model at 4 bits
   cbq -m quant=w4a4,w2a16           a sweep: every combination, one run each
   cbq model=hf model.path=<folder or hub id> quant=w4a16 quant.group_size=128
+  cbq resume=<run folder>           go on with a run that was interrupted
 
 Commands:
   quantize    quantize a model, evaluate it, save it
@@ -53,7 +57,13 @@ def main() -> None:
     if not chosen.fills_folder and {"-m", "--multirun"} & set(words):
         print(f"cbq: {command} is one job: leave out -m", file=sys.stderr)
         sys.exit(2)
-    sys.argv[1:] = chosen.overrides(words)
+    try:
+        sys.argv[1:] = chosen.overrides(resumed(words) if chosen.fills_folder else words)
+    except InputError as error:
+        print(f"cbq: {error}", file=sys.stderr)
+        sys.exit(2)
+    stopped = Stopped()
+    signal.signal(signal.SIGTERM, stopped)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra raises what it would print, so that it can be said in one line
     codes: list[int] = []
     jobs = Jobs()
@@ -61,8 +71,8 @@ def main() -> None:
     try:
         application(lambda config: codes.append(run_job(chosen, config, jobs)))()
     except KeyboardInterrupt:
-        print("cbq: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"cbq: {'terminated' if stopped.by_signal else 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + (stopped.by_signal or signal.SIGINT))
     except Exception as error:
         line = explain(error, chosen.config_name)
         if line is None and isinstance(error, OSError) and not jobs.started:
@@ -74,6 +84,22 @@ def main() -> None:
         print(f"cbq: {line}", file=sys.stderr)
         sys.exit(2)
     sys.exit(max(codes, default=0))
+
+
+class Stopped:
+    """A handler that ends the program as Ctrl-C does: runs write down how far they are.
+
+    Attributes:
+        by_signal: which came; 0: none.
+    """
+
+    def __init__(self) -> None:
+        self.by_signal = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal."""
+        self.by_signal = number
+        raise KeyboardInterrupt
 
 
 @dataclass
@@ -114,8 +140,8 @@ def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:
             withdraw(path)
         jobs.failed += [job.job.num] if in_sweep else []
         if line is None:
-            if command.fills_folder and path.is_dir():
-                (path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if command.fills_folder and path.is_dir() and not (path / ERROR_NAME).exists():
+                (path / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
             raise
         where = f"job {job.job.num}: " if in_sweep else ""
         print(f"cbq: {where}{line}", file=sys.stderr)

@@ -98,6 +98,9 @@ class LinearAdaRound(LinearByLinear):
         rounding.harden_()
         linear.rounding = rounding.requires_grad_(False)
 
+    def roundings(self, linear: QuantLinear) -> list[Rounding]:
+        return [self.rounding(linear.out_features, linear.in_features)]
+
     def _learn_(self, rounding: Rounding, quantizer: WeightQuantizer, weight: torch.Tensor, gram: torch.Tensor) -> None:
         """Take all steps of one linear.
 

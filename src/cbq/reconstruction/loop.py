@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import lightning as L
 import torch
@@ -16,6 +17,29 @@ from cbq.reconstruction.windows import Window
 from cbq.streams.places import ON_DEVICE, Place
 
 
+class Journal(Protocol):
+    """What keeps how far the windows are."""
+
+    def recall_(self, cache: ActivationCache) -> list[WindowResult]:
+        """Bring the cache and its blocks to where an earlier loop was, and return what became of its windows."""
+
+    def keep(self, cache: ActivationCache, window: Window, results: list[WindowResult]) -> None:
+        """Write down that a window is solved, its finished blocks are fused, and both streams are moved on."""
+
+
+class NoJournal:
+    """Keeps nothing."""
+
+    def recall_(self, cache: ActivationCache) -> list[WindowResult]:
+        return []
+
+    def keep(self, cache: ActivationCache, window: Window, results: list[WindowResult]) -> None:
+        pass
+
+
+NO_JOURNAL = NoJournal()
+
+
 def reconstruct_(
     model: nn.Module,
     blocks: nn.ModuleList,
@@ -25,6 +49,7 @@ def reconstruct_(
     callbacks: list[L.Callback],
     on_window: Callable[[WindowResult], None],
     place: Place = ON_DEVICE,
+    journal: Journal = NO_JOURNAL,
 ) -> list[WindowResult]:
     """Solve every window, handing the quantized stream from one to the next; the blocks end fused.
 
@@ -37,18 +62,20 @@ def reconstruct_(
         callbacks: listeners of every fit.
         on_window: told of each finished window.
         place: where streams are kept.
+        journal: keeps how far the windows are; the loop goes on from there.
 
     Source: Figure 2.
     """
     cache = ActivationCache(model, blocks, segments, place=place)
-    results = []
+    results = journal.recall_(cache)
     with older_objects_left_alone():
-        for window in plan:
+        for window in plan[len(results) :]:
             results.append(solver.solve(window, cache, callbacks))
             on_window(results[-1])
             for block in blocks[window.start : window.finished]:
                 fuse_linears_(block)
             cache.advance_quantized(window.finished)
+            journal.keep(cache, window, results)
             gc.collect()  # a trainer and its module hold each other, and the window's streams
     return results
 

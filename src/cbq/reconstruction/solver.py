@@ -224,6 +224,12 @@ class Reconstruction(WindowSolver):
             linear.rounding.harden_()
         return new
 
+    def roundings(self, linear: QuantLinear) -> list[Rounding]:
+        return [self.rounding(linear.out_features, linear.in_features)]
+
+    def step_sizes(self, linear: QuantLinear) -> list[StepSize]:
+        return [self.step_size(linear.weight_quantizer.initial_scale)]
+
     def _reset(self, modules: Sequence[Quantized]) -> None:
         """Give modules what they start with: round-to-nearest, and everything to learn."""
         for linear in modules:

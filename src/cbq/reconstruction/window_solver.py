@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from cbq.activations import ActivationCache, autocast
-from cbq.quant.linear import quant_linears
+from cbq.quant.linear import QuantLinear, quant_linears
+from cbq.quant.rounding import Rounding
 from cbq.quant.state import QuantState, quant_state, quantized_modules
+from cbq.quant.step_size import StepSize
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.result import WindowResult, window_blocks
 from cbq.reconstruction.windows import Window
@@ -110,6 +112,14 @@ class WindowSolver(ABC):
         for module in modules:
             module.state = QuantState.LEARNED
         return new
+
+    def roundings(self, linear: QuantLinear) -> list[Rounding]:
+        """Return one of each kind of rounding that this solver gives a linear, besides those that it is given ready."""
+        return []
+
+    def step_sizes(self, linear: QuantLinear) -> list[StepSize]:
+        """Return one of each kind of step size that this solver gives a linear's weight, besides the multiplier."""
+        return []
 
     @abstractmethod
     def learn_(self, task: Task, callbacks: list[L.Callback]) -> tuple[float, str | None]:

@@ -38,7 +38,7 @@ class WindowProgress(L.Callback):
         self._console = console or Console()
         self._bar: Progress | None = None
         self._steps_per_window: list[int] = []
-        self._num_finished = 0  # windows
+        self._num_finished = self._num_before = 0  # windows
         self._step = 0  # of the current window
         self._latest_losses: deque[torch.Tensor] = deque()
 
@@ -50,17 +50,19 @@ class WindowProgress(L.Callback):
     ) -> None:
         self.stop()
 
-    def start(self, num_windows: int, steps_per_window: list[int]) -> None:
+    def start(self, num_windows: int, steps_per_window: list[int], num_finished: int = 0) -> None:
         """Open the display; the time left counts from here.
 
         Args:
             num_windows: How many `finish_window` will end.
             steps_per_window: Optimizer steps of each window, all epochs together; 0 where nothing is learned.
+            num_finished: How many of them an earlier run ended.
         """
         assert len(steps_per_window) == num_windows, f"{len(steps_per_window)} step counts for {num_windows} windows"
         self.stop()
         self._steps_per_window = steps_per_window
-        self._num_finished, self._step = 0, 0
+        self._num_finished, self._step = num_finished, 0
+        self._num_before = num_finished
         self._start_time = time.monotonic()
         if self._console.is_interactive:
             self._bar = Progress(
@@ -70,7 +72,8 @@ class WindowProgress(L.Callback):
                 TextColumn("{task.fields[status]}", markup=False),
                 console=self._console,
             )
-            self._bar.add_task(f"window 0/{num_windows}", total=sum(steps_per_window), status="")
+            title = f"window {num_finished}/{num_windows}"
+            self._bar.add_task(title, completed=self._steps_done(), total=sum(steps_per_window), status="")
             self._bar.start()
 
     def stop(self) -> None:
@@ -146,9 +149,10 @@ class WindowProgress(L.Callback):
 
     def _time_left(self) -> str:
         """Extend the pace so far, with the work between the windows, over the steps to come."""
-        done, total = self._steps_done(), sum(self._steps_per_window)
+        before = sum(self._steps_per_window[: self._num_before])
+        done, total = self._steps_done() - before, sum(self._steps_per_window) - before
         if not total:
-            done, total = self._num_finished, len(self._steps_per_window)
+            done, total = self._num_finished - self._num_before, len(self._steps_per_window) - self._num_before
         if not done:
             return "-"
         return format_duration((time.monotonic() - self._start_time) * max(0, total - done) / done)

@@ -1,0 +1,53 @@
+"""`resume=<run folder>`: the command line that a run was started with, typed again."""
+
+import os
+from pathlib import Path
+
+from cbq.cli.commands import quote
+from cbq.errors import InputError, expanded
+from cbq.results import read_results
+
+KEY = "resume="
+
+
+def resumed(words: list[str]) -> list[str]:
+    """Return the command line with `resume=<folder>` replaced by what started the run in that folder.
+
+    Relative paths begin where it was started: the working folder becomes that one, if it is still there.
+
+    Args:
+        words: the command line; what else it holds comes last.
+
+    Raises:
+        InputError: the folder holds no run, or one whose command line names code to run.
+    """
+    given = [word.removeprefix(KEY) for word in words if word.startswith(KEY)]
+    if not given:
+        return words
+    rest = [word for word in words if not word.startswith(KEY)]
+    if len(given) > 1 or not given[0] or {"-m", "--multirun"} & set(rest):
+        raise InputError("resume must be one run folder; a sweep goes on when it is started again")
+    folder = expanded(given[0]).resolve()
+    typed, working_folder = command_of(folder)
+    if working_folder.is_dir():
+        os.chdir(working_folder)
+    return [*typed, f"hydra.run.dir={quote(str(folder))}", *rest]
+
+
+def command_of(folder: Path) -> tuple[list[str], Path]:
+    """Return what was typed to start the run in a folder, and where.
+
+    Raises:
+        InputError: the folder holds no run, or one whose command line names code to run.
+    """
+    results = read_results(folder) if folder.is_dir() else None
+    if results is None:
+        raise InputError(f"{folder} holds no run of cbq")
+    typed, working_folder = results.get("overrides"), results.get("working_folder")
+    if not isinstance(typed, list) or not all(isinstance(word, str) for word in typed):
+        raise InputError(f"{folder} does not say what was typed: its run is older than resume= and reproduce")
+    for word in typed:
+        # Whoever was sent a folder shall not run what its sender likes.
+        if "_target_" in word.partition("=")[0] or word.startswith("-") or "hydra" in word.partition("=")[0]:
+            raise InputError(f"{folder} names code or hydra options to run ({word}): type its command line yourself")
+    return typed, Path(working_folder) if isinstance(working_folder, str) else Path.cwd()

@@ -1,0 +1,1 @@
+"""What a run that was interrupted goes on from."""

@@ -1,0 +1,228 @@
+"""Where a run is: written after preprocessing and after every window, read by the run that goes on.
+
+Shapes: N segments, T tokens, D hidden.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cbq.activations import ActivationCache
+from cbq.errors import InputError
+from cbq.reconstruction.loop import NoJournal
+from cbq.reconstruction.result import WindowResult
+from cbq.reconstruction.window_solver import WindowSolver
+from cbq.reconstruction.windows import Window
+from cbq.state.blocks import Stage, kinds_of, restore_block_
+from cbq.state.generations import DamagedError, Generations
+from cbq.state.random import random_states, set_random_states
+from cbq.streams.kinds import Stream
+
+BYTES_A_FILE = 2**29  # of a stream: what is in memory once more while it is written
+
+
+class RunState:
+    """What is on disk of a run.
+
+    Blocks have a file each, always of their present stage; both streams are there as they are, because computing them
+    again would only nearly agree; so are the random generators.
+
+    Args:
+        folder: of the state.
+        solver: of the run.
+        also: returns what else goes on from here, of JSON's types.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self, folder: Path, solver: WindowSolver, also: Callable[[], dict[str, Any]], say: Callable[[str], None]
+    ) -> None:
+        self.generations = Generations(folder)
+        self.solver = solver
+        self.also = also
+        self.say = say
+        self.identity: dict[str, Any] = {}
+
+    @property
+    def found(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.generations.current is not None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was written besides tensors; nothing if nothing was `found`."""
+        return self.generations.current.facts if self.generations.current else {}
+
+    def find(self, identity: dict[str, Any], wanted: bool) -> None:
+        """Look for a state.
+
+        Args:
+            identity: what decides the result besides the configuration: versions, hashes of the model and of data.
+            wanted: otherwise there is none to go on from.
+
+        Raises:
+            InputError: the state is another model's or version's, or all of it is damaged.
+        """
+        self.identity = identity
+        try:
+            found = self.generations.find() if wanted else None
+        except DamagedError as error:
+            raise InputError(f"the state to go on from is damaged ({error}): overwrite=true starts anew") from None
+        for line in self.generations.damaged:
+            self.say(f"{line}: going on from the state before it")
+        if found is None:
+            return
+        before = found.facts["identity"]
+        differing = [
+            f"{key} was {before.get(key)}, is {identity.get(key)}"
+            for key in sorted(before.keys() | identity.keys())
+            if before.get(key) != identity.get(key)
+        ]
+        if differing:
+            raise InputError(
+                f"the run in {self.generations.folder.parent} cannot go on, because the result would be another: "
+                f"{'; '.join(differing)} (overwrite=true starts anew)"
+            )
+
+    def begin(self, blocks: nn.ModuleList) -> None:
+        """Write the blocks as preprocessing left them."""
+        self._commit({role(index): block.state_dict for index, block in enumerate(blocks)}, [], {})
+
+    def recall_(self, cache: ActivationCache) -> list[WindowResult]:
+        """Bring blocks, streams and random generators to where they were, if a state was found.
+
+        Args:
+            cache: at the first block.
+
+        Returns:
+            the windows that are done.
+
+        Raises:
+            InputError: a file was damaged since it was looked at.
+        """
+        generation = self.generations.current
+        if generation is None:
+            return []
+        facts = generation.facts
+        try:
+            for index, block in enumerate(cache.blocks):
+                stage, kinds = facts["stages"].get(str(index), [Stage.PREPARED.value, {}])
+                restore_block_(block, Stage(stage), kinds, generation.load(role(index)), self.solver)
+            if "streams" in facts:
+                positions = facts["streams"]
+                cache.put_back(
+                    *((positions[name], self._chunks(name)) for name in ("full_precision", "quantized")),
+                )
+            set_random_states(generation.load("random"), facts["random"])
+        except (DamagedError, KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"the state to go on from is damaged ({error}): overwrite=true starts anew") from None
+        return [WindowResult(**result) for result in facts["windows"]]
+
+    def keep(self, cache: ActivationCache, window: Window, results: list[WindowResult]) -> None:
+        """Write what a window changed.
+
+        Args:
+            cache: its quantized stream is at window.finished.
+            window: the last that was solved; its finished blocks are fused.
+            results: of all windows so far.
+        """
+        blocks = {role(index): cache.blocks[index].state_dict for index in range(window.start, window.stop)}
+        files = {}
+        for name, stream in (("full_precision", cache.full_precision), ("quantized", cache.quantized)):
+            files |= {f"{name}-{index:03}": partial(chunk, stream, part) for index, part in enumerate(parts(stream))}
+        self._commit(blocks | files, results, self._stages(cache, window), streams_of(cache))
+
+    def describe(self) -> str:
+        """Say how far what is written is."""
+        if not self.found:
+            return "none was written yet"
+        windows = self.facts["windows"]
+        return f"after {len(windows)} windows" if windows else "after preprocessing, before the first window"
+
+    def discard(self) -> None:
+        """Remove the state of a run that is finished."""
+        self.generations.discard()
+
+    def _stages(self, cache: ActivationCache, window: Window) -> dict[str, list]:
+        """Return, by block, its stage if it is no longer a prepared one, and what `kinds_of` says of it."""
+        finished = {str(index): [Stage.FINISHED.value, {}] for index in range(window.finished)}
+        overlap = range(window.finished, window.stop)
+        return finished | {str(index): [Stage.LEARNED.value, kinds_of(cache.blocks[index])] for index in overlap}
+
+    def _commit(
+        self,
+        files: dict[str, Callable[[], dict[str, torch.Tensor]]],
+        results: list[WindowResult],
+        stages: dict[str, list],
+        streams: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a generation; where that fails, say so and stay with the one before."""
+        tensors, states = random_states()
+        facts = {
+            "identity": self.identity,
+            "windows": [asdict(result) for result in results],
+            "stages": stages,
+            "random": states,
+            **({"streams": streams} if streams else {}),
+            **self.also(),
+        }
+        try:
+            self.generations.commit(files | {"random": lambda: tensors}, facts)
+        except OSError as error:
+            reason = error.strerror or error
+            self.say(f"the state was not written ({reason}): a resume would go on from the last that was")
+
+    def _chunks(self, name: str) -> Iterable[torch.Tensor]:
+        """Yield the parts of a stream, (B, T, D), in order."""
+        generation = self.generations.current
+        for file in sorted(file for file in generation.files if file.startswith(f"{name}-")):
+            yield generation.load(file)["hidden"]
+
+
+class NoState(NoJournal):
+    """A run of which nothing is kept. Its methods are those of `RunState`."""
+
+    found = False
+    facts: dict[str, Any] = {}
+
+    def find(self, identity: dict[str, Any], wanted: bool) -> None:
+        """Find nothing."""
+
+    def begin(self, blocks: nn.ModuleList) -> None:
+        """Write nothing."""
+
+    def discard(self) -> None:
+        """Remove nothing."""
+
+    def describe(self) -> str:
+        """Say that there is none."""
+        return "none was kept"
+
+
+NO_STATE = NoState()
+
+
+def role(index: int) -> str:
+    """Return what the file of a block is called."""
+    return f"block-{index:03}"
+
+
+def parts(stream: Stream) -> list[slice]:
+    """Return the segments of each file of a stream."""
+    at_once = max(1, BYTES_A_FILE // stream.tensor[0].nbytes)
+    return [slice(start, start + at_once) for start in range(0, len(stream), at_once)]
+
+
+def chunk(stream: Stream, part: slice) -> dict[str, torch.Tensor]:
+    """Return what a file of a stream holds."""
+    return {"hidden": stream.tensor[part]}
+
+
+def streams_of(cache: ActivationCache) -> dict[str, int]:
+    """Return at which block each stream is."""
+    return {"full_precision": cache.full_precision_at, "quantized": cache.quantized_at}
