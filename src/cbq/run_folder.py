@@ -19,6 +19,8 @@ OUTPUTS = (
     RESULTS_NAME,
     CONFIG_NAME,
     "metrics.csv",
+    "blocks.csv",
+    "tensorboard",
     "checkpoint",
     "export",
     "wandb",
