@@ -1,5 +1,7 @@
 import csv
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -77,6 +79,124 @@ def test_many_rows_survive_the_blocks_of_the_wandb_file(tmp_path):
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert path.stat().st_size > 32 * 1024, "no record crosses a block"
     assert run.rows == rows == read_csv(tmp_path)
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
+    """Killed while a line was written, with all of W&B's rows still in its buffer: as if nothing had happened."""
+    rows = [{"cbq_step": step, "window": step // 2, "loss/rec": 1 / (step + 1), "lr/x": 1e-4} for step in range(8)]
+    rows[2]["beta"], rows[7]["gamma"] = 20.0, float("inf")
+    blocks = [{"block": block, "cbq_step": 2 * block + 1, "error/fc": block / 3} for block in range(4)]
+    straight = Tracker()
+    straight.start(tmp_path / "straight", name="a", config={}, tags=[])
+    straight.log(rows)
+    straight.log_blocks(blocks)
+    straight.finish({"x": 2.0})
+
+    folder = tmp_path / "interrupted"
+    first = Tracker()
+    first.start(folder, name="a", config={}, tags=[])
+    first.log(rows[:6])  # the last window's are dropped: it was not finished
+    first.log_blocks(blocks[:3])
+    first.failed()
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    read_wandb_run(folder)  # waits for its end
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("6,3,0.1")
+    path.write_bytes(path.read_bytes()[:7])
+
+    second = Tracker()
+    second.start(folder, name="a", config={}, tags=[], first_step=4)
+    assert read_csv(folder) == rows[:4]
+    second.log(rows[4:])
+    second.log_blocks(blocks[2:])
+    second.finish({"x": 2.0})
+    for name in ("metrics.csv", "blocks.csv"):
+        assert (folder / name).read_text() == (tmp_path / "straight" / name).read_text()
+    run = read_wandb_run(folder)
+    assert [row for row in run.rows if "block" not in row] == rows
+    assert [row for row in run.rows if "block" in row] == blocks
+    assert run.id == path.stem.removeprefix("run-"), "the same W&B run"
+    assert run.summary["x"] == 2.0
+
+
+def test_a_run_that_was_sent_already_is_sent_as_another_when_it_goes_on(tmp_path):
+    tracker = Tracker()
+    record(tracker, tmp_path, ROWS[:2])
+    tracker.failed()
+    sent = read_wandb_run(tmp_path)
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    path.with_name(f"{path.name}.synced").touch()  # as `wandb sync` does
+    tracker.start(tmp_path, name="w2a16", config={}, tags=[], first_step=2)
+    tracker.log(ROWS[2:])
+    tracker.finish({})
+    shutil.rmtree(path.parent)
+    run = read_wandb_run(tmp_path)
+    assert run.id != sent.id
+    assert run.rows == ROWS
+
+
+def test_rows_of_blocks_are_on_their_own_axis(tmp_path):
+    tracker = Tracker()
+    record(tracker, tmp_path, ROWS[:2])
+    tracker.log_blocks([{"block": 0, "cbq_step": 1, "error/self_attn.q_proj": torch.tensor(0.25)}])
+    tracker.log_blocks([{"block": 1, "cbq_step": 1, "error/self_attn.q_proj": 0.5, "error/mlp.fc": 1.0}])
+    tracker.table("windows", [{"window": 0, "guard": "fell back"}, {"window": 1, "loss": 0.5}])
+    tracker.finish({})
+    assert (tmp_path / "blocks.csv").read_text().splitlines() == [
+        "block,cbq_step,error/self_attn.q_proj,error/mlp.fc",
+        "0,1,0.25,",
+        "1,1,0.5,1.0",
+    ]
+    run = read_wandb_run(tmp_path)
+    assert {name: run.x_axes[name] for name in ("*", "error/self_attn.q_proj", "error/mlp.fc")} == {
+        "*": "cbq_step",
+        "error/self_attn.q_proj": "block",
+        "error/mlp.fc": "block",
+    }
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/windows_*.table.json")
+    assert json.loads(table.read_text()) == {
+        "columns": ["window", "guard", "loss"],
+        "data": [[0, "fell back", None], [1, None, 0.5]],
+    }
+
+
+def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read what TensorBoard shows of a run: by tag, steps and values in single precision."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(found.step, found.value) for found in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_the_rows(tmp_path):
+    pytest.importorskip("tensorboard")
+    tracker = Tracker(mode="disabled", tensorboard=True)
+    tracker.check()
+    tracker.start(tmp_path, name="a", config={"quant.weight_bits": 2}, tags=[])
+    tracker.log(ROWS[:2])
+    tracker.log_blocks([{"block": 5, "cbq_step": 1, "error/fc": 0.5}])
+    tracker.log(ROWS[2:])
+    tracker.failed()
+    tracker.start(tmp_path, name="a", config={}, tags=[], first_step=2)
+    tracker.log([{"cbq_step": 2, "loss/rec": 0.125}])
+    tracker.finish({"perplexity": 12.5})
+    shown = read_events(tmp_path)
+    assert shown["loss/rec"] == [(0, pytest.approx(0.3)), (1, pytest.approx(1 / 3)), (2, 0.125)]
+    assert shown["error/fc"] == [(5, 0.5)]
+    assert shown["beta"] == [(1, 20.0)]
+    assert shown["summary/perplexity"] == [(2, 12.5)]
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"tracking.tensorboard=true needs an extra: pip install 'cbq\[tensorboard\]'"):
+        Tracker(mode="disabled", tensorboard=True).check()
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_wrong_flag_of_tensorboard(value):
+    with pytest.raises(InputError, match=r"tracking\.tensorboard must be true or false"):
+        Tracker(tensorboard=value)
 
 
 def test_csv_is_complete_while_the_run_goes_on(tmp_path):

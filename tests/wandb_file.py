@@ -23,6 +23,7 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 class WandbRun:
     """What an offline run recorded; W&B's own entries, named with a leading underscore, are left out."""
 
+    id: str = ""
     name: str = ""
     project: str = ""
     group: str = ""
@@ -56,6 +57,7 @@ def _read(path: Path) -> WandbRun:
         match record.WhichOneof("record_type"):
             case "run":
                 run.name, run.project, run.group = record.run.display_name, record.run.project, record.run.run_group
+                run.id = record.run.run_id
                 run.tags = list(record.run.tags)
                 run.config |= _values(record.run.config.update)
             case "history":

@@ -21,7 +21,7 @@ ERROR_NAME = "error.txt"
 LOG_NAME = "run.log"
 STATE_NAME = "state"
 # What a run that goes on keeps; it is made anew otherwise.
-KEPT_BY_RESUME = ("metrics.csv", "wandb", STATE_NAME, LOG_NAME)
+KEPT_BY_RESUME = ("metrics.csv", "blocks.csv", "wandb", "tensorboard", STATE_NAME, LOG_NAME)
 OUTPUTS = (
     RESULTS_NAME,
     CONFIG_NAME,

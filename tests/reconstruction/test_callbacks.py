@@ -120,6 +120,16 @@ def test_curves_have_every_name_on_one_axis(recorded):
             assert all(isinstance(value, int | float) for value in row.values())
 
 
+def test_curves_of_a_run_that_goes_on(run, recorded):
+    """Windows 1 and 2 alone: numbered as in the whole run."""
+    rows: list[dict[str, float]] = []
+    curves = WindowCurves(rows.extend, first_step=8, first_window=1)
+    run(W4A4, callbacks=[curves], num_windows=2, kind=AdaRound, warmup=0.25, hard_start=0.75)
+    for number in ("cbq_step", "window"):
+        assert [row[number] for row in rows] == [row[number] for window in recorded[1:] for row in window]
+    assert curves.step == 24
+
+
 def test_curves_add_up(recorded):
     for window in recorded:
         for i, row in enumerate(window):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -188,7 +188,7 @@ class NoState(NoJournal):
     """A run of which nothing is kept. Its methods are those of `RunState`."""
 
     found = False
-    facts: dict[str, Any] = {}
+    facts: ClassVar[dict[str, Any]] = {}
 
     def find(self, identity: dict[str, Any], wanted: bool) -> None:
         """Find nothing."""
