@@ -27,7 +27,7 @@ OUTPUTS = (
     "profile.txt",
 )
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "offload", "runner")
 
 
 class RunFolder:

@@ -24,6 +24,7 @@ from cbq.export.targets import NoTarget, Target
 from cbq.exporter import Export, NoExport
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
+from cbq.placement import check_offload, place_
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
 from cbq.quant.linear import fused_linears
@@ -59,6 +60,7 @@ class Runner:
         calibration: the segments that windows learn from.
         evaluation: what is measured of the model, before and after.
         activations: where the hidden states between blocks are kept.
+        offload: keep the blocks in host memory while they do not compute: true, false, or auto (see `place_`).
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
         target: which engine it is for.
@@ -82,6 +84,7 @@ class Runner:
         calibration: Calibration,
         evaluation: Evaluation,
         activations: StreamPlacement,
+        offload: bool | str,
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
         target: NoTarget | Target,
@@ -92,6 +95,7 @@ class Runner:
         seed: int,
     ) -> None:
         check_seed("seed", seed)
+        check_offload(offload)
         method.check(scheme)
         if profile is not None and not callable(profile):
             raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
@@ -104,6 +108,7 @@ class Runner:
         self.calibration = calibration
         self.evaluation = evaluation
         self.activations = activations
+        self.offload = offload
         self.tracker = tracker
         self.profile = profile and profile(folder.path)
         self.target = target
@@ -126,7 +131,7 @@ class Runner:
         evaluation = self.evaluation
         full_precision = self.score(evaluation.score, loaded, "full precision", evaluation.recall, baseline=True)
         references = evaluation.remember(loaded)
-        texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
+        texts = {} if self.offload else {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
@@ -137,7 +142,8 @@ class Runner:
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
         quantized = self.score(evaluation.score, loaded, self.scheme.label)
         agreement = evaluation.agreement(loaded, references)
-        texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
+        if not self.offload:  # every token would bring every block to the device
+            texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
         self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
@@ -159,7 +165,7 @@ class Runner:
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
-        loaded.model.to(self.device)
+        self.offload = place_(loaded.model, self.device, self.offload)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
         place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
         self.results = {
@@ -181,7 +187,7 @@ class Runner:
         self.console.print(
             f"{loaded.name}: {len(loaded.blocks)} blocks to {self.scheme.label} in {len(plan)} windows, "
             f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "
-            f"activations on {place.name}"
+            f"activations on {place.name}{', blocks in host memory until they compute' if self.offload else ''}"
         )
         for note in notes:
             self.console.print(note)
