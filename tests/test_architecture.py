@@ -14,7 +14,7 @@ ROWS = (
     {"errors", "durable", "__init__"},
     {"hub"},
     {"quant", "models", "data", "streams", "devices"},
-    {"activations", "quantized", "method"},
+    {"activations", "quantized", "method", "placement"},
     {"preprocess", "reconstruction", "evaluation", "export"},
     {"checkpoint", "state", "exporter", "tracking", "cost", "results", "run_folder", "report"},
     {"runner", "evaluator", "api", "export_checkpoint", "generate"},

@@ -1,7 +1,10 @@
 """What may be started in a folder that already holds something."""
 
+import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from omegaconf import OmegaConf
 
 from cbq.cli import conf_dir
 from cbq.errors import InputError
-from cbq.results import write_results
+from cbq.results import RESULTS_NAME, read_results
 from cbq.run_folder import CONFIG_NAME, RunFolder, experiment, withdraw
 
 CONFIG = {"quant": {"weight_bits": 4, "label": "W${.weight_bits}"}, "seed": 0, "overwrite": False, "tracking": {"x": 1}}
@@ -22,8 +25,7 @@ def make(path: Path, start_anew: bool = False, **changes: object) -> RunFolder:
 
 def leave_run(path: Path, status: str, **changes: object) -> None:
     """Leave what a run leaves."""
-    make(path, **changes).start()
-    write_results(path, {"status": status})
+    make(path, **changes).start({"status": status})
     (path / "metrics.csv").write_text("cbq_step\n")
     (path / "checkpoint" / "cbq").mkdir(parents=True)
     (path / "checkpoint" / "config.json").write_text("{}")
@@ -36,8 +38,9 @@ def test_new_folder(tmp_path, exists):
         path.mkdir()
     folder = make(path)
     assert not folder.is_finished()
-    folder.start()
-    assert [file.name for file in path.iterdir()] == [CONFIG_NAME]
+    folder.start({"status": "running"})
+    assert sorted(file.name for file in path.iterdir()) == [CONFIG_NAME, RESULTS_NAME]
+    assert read_results(path)["status"] == "running"
     assert OmegaConf.load(path / CONFIG_NAME) == OmegaConf.create(CONFIG)
 
 
@@ -66,13 +69,56 @@ def test_another_configuration(tmp_path, status, changes):
 
 
 @pytest.mark.parametrize("status", ["running", "failed"])
-def test_unfinished_run_is_started_anew(tmp_path, status):
+def test_unfinished_run_goes_on_from_its_state(tmp_path, status):
+    """Curves, the log and the state stay; what is made at the end goes."""
     leave_run(tmp_path, status)
+    for name in ("run.log", "error.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "state").mkdir()
     folder = make(tmp_path)
     assert not folder.is_finished()
+    assert folder.goes_on
     with folder.held():
-        folder.start()
-    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+        folder.start({"status": "running"})
+    kept = ["config.yaml", "metrics.csv", "results.json", "run.log", "state"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == kept
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_killed_while_it_starts(tmp_path, monkeypatch, moment):
+    """Whenever that is, the same command works again, and what was finished before does not count as finished."""
+    leave_run(tmp_path, "finished")
+    calls = []
+
+    def killed(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            if len(calls) > moment:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink")):
+            patch.setattr(module, name, killed(getattr(module, name)))
+        with suppress(KeyboardInterrupt):
+            make(tmp_path, start_anew=True).start({"status": "running"})
+    again = make(tmp_path, start_anew=True)
+    assert not again.is_finished()
+    if calls and moment:
+        assert not make(tmp_path).is_finished()
+    again.start({"status": "running"})
+    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG_NAME, RESULTS_NAME]
+
+
+def test_killed_before_there_are_results(tmp_path):
+    folder = make(tmp_path)
+    folder.start({"status": "running"})
+    (tmp_path / RESULTS_NAME).unlink()
+    assert not folder.is_finished()
+    with pytest.raises(InputError, match="holds no run of cbq"):
+        make(tmp_path, seed=1).is_finished()
 
 
 HOLDER = """
@@ -138,7 +184,7 @@ def test_overwrite_clears_known_outputs_only(tmp_path, status, changes):
         (tmp_path / name).write_text(text)
     folder = make(tmp_path, start_anew=True, **changes)
     assert not folder.is_finished()
-    folder.start()
+    folder.start({"status": "running"})
     assert {name: (tmp_path / name).read_text() for name in own} == own
     assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "plots", ".hydra", "config.yaml"}
     assert OmegaConf.load(tmp_path / CONFIG_NAME) == OmegaConf.create(CONFIG | changes)
@@ -167,7 +213,7 @@ def test_a_path_that_cannot_be_a_folder(tmp_path, below):
     (tmp_path / "file").write_text("mine")
     folder = make(tmp_path / "file" / below)
     with pytest.raises(InputError, match="file"):
-        folder.is_finished() or folder.start()
+        folder.is_finished() or folder.start({"status": "running"})
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -178,8 +224,7 @@ def test_tracking_is_not_the_experiment_in_the_real_configuration(tmp_path):
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             return RunFolder(tmp_path, compose("config", overrides=list(overrides)))
 
-    composed("tracking.mode=disabled").start()
-    write_results(tmp_path, {"status": "finished"})
+    composed("tracking.mode=disabled").start({"status": "finished"})
     assert composed("tracking.mode=offline", "overwrite=true").is_finished()
     with pytest.raises(InputError, match="different configuration"):
         composed("rounding.rank=4").is_finished()
@@ -192,8 +237,7 @@ def test_where_streams_are_kept_is_not_the_experiment(tmp_path):
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             return RunFolder(tmp_path, compose("config", overrides=list(overrides)))
 
-    composed("activations.cache=device").start()
-    write_results(tmp_path, {"status": "finished"})
+    composed("activations.cache=device").start({"status": "finished"})
     assert composed("activations.cache=disk").is_finished()
 
 
@@ -204,7 +248,7 @@ def test_linked_output(tmp_path):
     (elsewhere / "file").write_text("mine")
     leave_run(path, "finished")
     (path / "wandb").symlink_to(elsewhere, target_is_directory=True)
-    make(path, start_anew=True).start()
+    make(path, start_anew=True).start({"status": "running"})
     assert (elsewhere / "file").read_text() == "mine"
     assert not (path / "wandb").exists()
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cbq.models.families import find_family
+from cbq.models.offload import lent
 from cbq.streams.kinds import Stream
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -202,9 +203,10 @@ class ActivationCache:
             output = self.place.make(stream.shape, stream.dtype, self.device)
         parts = self.parts(len(stream))
         batches = self.place.feed(([stream[part]] for part in parts), self.device)
-        for part, (batch,) in zip(parts, batches, strict=True):
-            with autocast(self.device):
-                output[part] = self.run_blocks(start, stop, batch)
+        with lent(self.blocks[start:stop]):
+            for part, (batch,) in zip(parts, batches, strict=True):
+                with autocast(self.device):
+                    output[part] = self.run_blocks(start, stop, batch)
         return output
 
     def advance_full_precision(self, stop: int) -> Stream:

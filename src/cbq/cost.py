@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,14 @@ def peak_device_memory_gib(device: torch.device | str) -> float | None:
     return torch.cuda.max_memory_allocated(device) / GIB
 
 
+def peak_memory(device: torch.device | str) -> dict[str, float | None]:
+    """Return the peaks of the host's and the device's memory, in GiB, as results have them."""
+    return {
+        "peak_host_memory_gib": peak_host_memory_gib(),
+        "peak_device_memory_gib": peak_device_memory_gib(device),
+    }
+
+
 def reset_peak_device_memory(device: torch.device | str) -> None:
     """Start the peak of `peak_device_memory_gib` anew, so that every job of a sweep reports its own."""
     if torch.device(device).type == "cuda":
@@ -81,28 +90,39 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
+        self._running: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside the `with` to `seconds[name]`, also when it ends by an exception."""
-        start = time.perf_counter()
+        self._running[name] = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = self.so_far()[name]
+            del self._running[name]
+
+    def so_far(self) -> dict[str, float]:
+        """Return the seconds of every phase, of those that go on too."""
+        now = time.perf_counter()
+        return self.seconds | {name: self.seconds.get(name, 0.0) + now - start for name, start in self._running.items()}
+
+    def cost(self) -> dict[str, float]:
+        """Return all seconds as results have them."""
+        phases = {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        return {"wall_time_seconds": self.total_seconds()} | phases
 
     def total_seconds(self) -> float:
         """Return the wall time since the stopwatch was made, and what it goes on from."""
         return time.perf_counter() - self._start
 
-    def go_on(self, seconds: dict[str, float], total_seconds: float) -> None:
-        """Add what another stopwatch said that this one goes on from.
+    def state_dict(self) -> dict[str, Any]:
+        """Return what another stopwatch goes on from, of JSON's types."""
+        return {"seconds": self.so_far(), "total_seconds": self.total_seconds()}
 
-        Args:
-            seconds: by phase.
-            total_seconds: of all.
-        """
-        for name, value in seconds.items():
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what another stopwatch said that this one goes on from."""
+        for name, value in state["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
-        self._start -= total_seconds
+        self._start -= state["total_seconds"]

@@ -12,6 +12,7 @@ from cbq.checkpoint import find_any, load_any
 from cbq.errors import InputError, check_text
 from cbq.evaluation.evaluation import Evaluation
 from cbq.models.loading import LoadedModel
+from cbq.placement import check_offload, place_
 from cbq.report.scores import agreement_lines, print_scores, score_tables
 from cbq.results import environment, write_json
 
@@ -27,6 +28,7 @@ class Evaluator:
         evaluation: what is measured.
         folder: where `evaluation.json` goes.
         settings: every option, flat, for that file.
+        offload: keep the blocks in host memory while they do not compute: true, false, or auto (see `place_`).
 
     Raises:
         InputError: there is neither a model nor a checkpoint, or no such folder.
@@ -39,14 +41,17 @@ class Evaluator:
         evaluation: Evaluation,
         folder: Path,
         settings: dict,
+        offload: bool | str = "auto",
     ) -> None:
         check_text("checkpoint", checkpoint, optional=True)
+        check_offload(offload)
         if load_model is None and checkpoint is None:
             raise InputError("nothing to evaluate: give checkpoint=<folder>, model=<name>, or both to compare them")
         self.load_model = load_model
         self.checkpoint = checkpoint
         self.checkpoint_folder = checkpoint and find_any(checkpoint)  # now: the other model may take hours
         self.evaluation = evaluation
+        self.offload = offload
         self.folder = folder
         self.settings = settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,4 +105,4 @@ class Evaluator:
         """Read the data for a model, and bring it to the device."""
         for note in self.evaluation.prepare(loaded, full_precision):
             self.console.print(note)
-        loaded.model.to(self.device)
+        place_(loaded.model, self.device, self.offload)

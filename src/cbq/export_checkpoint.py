@@ -4,6 +4,7 @@ import torch
 
 from cbq.checkpoint import find_checkpoint, load_checkpoint
 from cbq.exporter import Export
+from cbq.placement import place_
 from cbq.results import read_results
 
 
@@ -29,7 +30,7 @@ class ExportCheckpoint:
             InputError: the checkpoint is damaged, or does not fit the format.
         """
         loaded = load_checkpoint(self.folder)
-        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        place_(loaded.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.export.check(loaded.model)
         results = read_results(self.folder.parent) or {}
         return self.export.publish(loaded, self.folder.parent / "export", results)

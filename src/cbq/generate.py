@@ -13,6 +13,7 @@ from cbq.checkpoint import find_checkpoint, load_checkpoint
 from cbq.errors import InputError, check_flag, check_number, check_seed, check_text
 from cbq.models.loading import LoadedModel
 from cbq.models.streaming import stream_text
+from cbq.placement import place_
 from cbq.report.summary import CONTROL_CHARACTERS
 
 
@@ -65,7 +66,7 @@ class Generate:
         with Live(console=self.console, auto_refresh=False, vertical_overflow="visible") as live:
             for name in texts:
                 loaded = self.load_base() if name == "full precision" else load_checkpoint(self.folder)
-                loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+                place_(loaded.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
                 start, num_tokens = time.perf_counter(), 0
                 for piece in stream_text(loaded, self.prompt, **self.options):
                     texts[name] += piece

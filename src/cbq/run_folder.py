@@ -33,7 +33,7 @@ OUTPUTS = (
     ERROR_NAME,
 )
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "save_state", "tracking", "activations", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "save_state", "tracking", "activations", "offload", "runner")
 MANY = 3  # differences are not all named
 
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from cbq.activations import stream_bytes
 from cbq.checkpoint import save_checkpoint
-from cbq.cost import Stopwatch, peak_device_memory_gib, peak_host_memory_gib, reset_peak_device_memory
+from cbq.cost import Stopwatch, peak_memory, reset_peak_device_memory
 from cbq.data.calibration import Calibration
 from cbq.devices import deterministic_algorithms
 from cbq.errors import InputError, check_flag, check_seed
-from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores, circumstances
+from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
 from cbq.evaluation.generation import generate_text
 from cbq.evaluation.recall import Recall, fingerprint
 from cbq.export.formats import quantized_schemes
@@ -25,10 +25,11 @@ from cbq.export.targets import NoTarget, Target
 from cbq.exporter import Export, NoExport
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
+from cbq.placement import check_offload, place_
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
 from cbq.quant.linear import effective_bits
-from cbq.quant.scheme import QuantScheme
+from cbq.quant.scheme import QuantScheme, changes
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
 from cbq.reconstruction.callbacks import WindowCurves
@@ -60,6 +61,7 @@ class Runner:
         calibration: the segments that windows learn from.
         evaluation: what is measured of the model, before and after.
         activations: where the hidden states between blocks are kept.
+        offload: keep the blocks in host memory while they do not compute: true, false, or auto (see `place_`).
         tracker: where curves go.
         profile: makes what traces some steps, from the folder to write to.
         target: which engine it is for.
@@ -85,6 +87,7 @@ class Runner:
         calibration: Calibration,
         evaluation: Evaluation,
         activations: StreamPlacement,
+        offload: bool | str,
         tracker: Tracker,
         profile: Callable[[Path], L.Callback] | None,
         target: NoTarget | Target,
@@ -99,6 +102,7 @@ class Runner:
         check_seed("seed", seed)
         check_flag("save_state", save_state)
         check_flag("deterministic", deterministic)
+        check_offload(offload)
         method.check(scheme)
         if profile is not None and not callable(profile):
             raise InputError(f"debug.profile has options of its own, got {profile!r}: debug=profile turns it on")
@@ -111,6 +115,7 @@ class Runner:
         self.calibration = calibration
         self.evaluation = evaluation
         self.activations = activations
+        self.offload = offload
         self.tracker = tracker
         self.profile = profile and profile(folder.path)
         self.target = target
@@ -127,7 +132,9 @@ class Runner:
         self.curves = WindowCurves(tracker.log)
         self.state = NO_STATE
         if save_state:
-            self.state = RunState(folder.state_path, solver, self.progress_facts, self.say)
+            self.state = RunState(
+                folder.state_path, solver, self.console.say, {"stopwatch": self.stopwatch, "curves": self.curves}
+            )
         self.results: dict = {}
 
     def run(self) -> dict:
@@ -143,20 +150,23 @@ class Runner:
         evaluation = self.evaluation
         full_precision = self.score(evaluation.score, loaded, "full precision", evaluation.recall, baseline=True)
         references = evaluation.remember(loaded)
-        texts = {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
+        texts = {} if self.offload else {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
-            rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", self.recall("rtn"), baseline=True)
+            rtn = self.score(
+                evaluation.score_texts, loaded, "round-to-nearest", self.state.recall("rtn"), baseline=True
+            )
         if not self.state.found:
             self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
             set_act_ranges_(loaded.model, loaded.blocks, segments, place)
             self.state.begin(loaded.blocks)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
-        quantized = self.score(evaluation.score, loaded, self.scheme.label, self.recall("quantized"))
+        quantized = self.score(evaluation.score, loaded, self.scheme.label, self.state.recall("quantized"))
         agreement = evaluation.agreement(loaded, references)
-        texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
+        if not self.offload:  # every token would bring every block to the device
+            texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
         self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
@@ -175,17 +185,15 @@ class Runner:
         vocab_size = loaded.model.config.vocab_size
         segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
         notes = self.evaluation.prepare(loaded)
-        self.identity = versions() | {
-            "model": fingerprint(loaded.model),
-            "calibration": self.calibration.describe()["sha256"],
-        }
+        described = self.calibration.describe()
+        identity = versions() | {"model": fingerprint(loaded.model), "calibration": described["sha256"]}
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
-        loaded.model.to(self.device)
+        self.offload = place_(loaded.model, self.device, self.offload)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
         place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
-        self.state.find(self.identity, self.folder.goes_on)
+        self.state.find(identity, self.folder.goes_on)
         self.results = {
             "status": "running",
             "model": loaded.name,
@@ -193,54 +201,23 @@ class Runner:
             "method": self.method.name,
             "seed": self.seed,
             "settings": self.settings,
-            "protocol": self.evaluation.protocol() | {"calibration": self.calibration.describe()},
+            "protocol": self.evaluation.protocol() | {"calibration": described},
             "environment": environment(str(self.device)),
-            "fingerprint": {"model": self.identity["model"]},
+            "fingerprint": {"model": identity["model"]},
         }
         self.folder.start(self.results)
         self.while_running.enter_context(logged_to(self.folder.path / LOG_NAME))
-        tags = [self.scheme.label, self.method.name, loaded.name]
-        self.tracker.start(
-            self.folder.path, f"{loaded.name} {self.scheme.label} {self.method.name}", self.settings, tags
-        )
-        self.console.print(
+        self.console.say(
             f"{loaded.name}: {len(loaded.blocks)} blocks to {self.scheme.label} in {len(plan)} windows, "
             f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "
-            f"activations on {place.name}"
+            f"activations on {place.name}{', blocks in host memory until they compute' if self.offload else ''}"
         )
-        for note in notes:
-            self.console.print(note)
-        if self.state.found:
-            self.go_on(len(plan))
-        if self.constraints:
-            said = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
-            self.console.print(f"for target={self.target.name}: {said}", soft_wrap=True)
+        title = [loaded.name, self.scheme.label, self.method.name]
+        self.tracker.start(self.folder.path, " ".join(title), self.settings, title, self.curves.step)
+        constraints = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
+        for line in (*notes, *([f"for target={self.target.name}: {constraints}"] if constraints else [])):
+            self.console.say(line)
         return loaded, segments, plan, place
-
-    def go_on(self, num_windows: int) -> None:
-        """Take up what an interrupted run left, besides the model, and say so."""
-        facts = self.state.facts
-        self.stopwatch.go_on(facts["seconds"], facts["total_seconds"])
-        self.curves.step, self.curves.window = facts["curves"]
-        self.console.print(f"going on after window {len(facts['windows'])} of {num_windows}")
-
-    def progress_facts(self) -> dict:
-        """Return what `go_on` needs."""
-        return {
-            "seconds": self.stopwatch.seconds,
-            "total_seconds": self.stopwatch.total_seconds(),
-            "curves": [self.curves.step, self.curves.window],
-        }
-
-    def recall(self, what: str) -> Recall:
-        """Return what remembers scores of this run, so that one that goes on need not measure them again."""
-        if self.state is NO_STATE:
-            return NOT_RECALLED
-        return Recall(self.folder.state_path / "scores", (what, *self.identity.values(), *circumstances()))
-
-    def say(self, line: str) -> None:
-        """Tell the user."""
-        self.console.print(line, soft_wrap=True)
 
     def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
         """Record how many calibration tokens each expert is sent, if the model has any; say which learn from few."""
@@ -248,7 +225,7 @@ class Runner:
         if counts:
             self.results["expert_tokens"] = counts
         for line in lines_on_few_tokens(counts, segments.numel()):
-            self.console.print(line)
+            self.console.say(line)
 
     def score(
         self,
@@ -286,14 +263,7 @@ class Runner:
             **measured,
             "windows": [asdict(window) for window in windows],
             "effective_bits": effective_bits(model),
-            "cost": {
-                "wall_time_seconds": self.stopwatch.total_seconds(),
-                "reconstruction_seconds": self.stopwatch.seconds["reconstruction"],
-                "evaluation_seconds": self.stopwatch.seconds["evaluation"],
-                "peak_host_memory_gib": peak_host_memory_gib(),
-                "peak_device_memory_gib": peak_device_memory_gib(self.device),
-                "calibration_tokens": segments.numel(),
-            },
+            "cost": self.stopwatch.cost() | peak_memory(self.device) | {"calibration_tokens": segments.numel()},
         }
         self.tracker.finish(summary_figures(measured) | {"effective_bits": self.results["effective_bits"]})
         write_results(self.folder.path, self.results)
@@ -314,8 +284,3 @@ class Runner:
             self.tracker.failed()
             write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
             self.folder.report_failure(error, self.state.describe(), self.results["environment"])
-
-
-def changes(wanted: QuantScheme, found: QuantScheme) -> dict:
-    """Return the fields of a scheme that a target changed, with their new values."""
-    return {key: value for key, value in asdict(found).items() if value != asdict(wanted)[key]}

@@ -89,13 +89,11 @@ def compare(model: PreTrainedModel, blocks: nn.ModuleList, reference: Reference)
     device = next(model.parameters()).device
     divergence, same = 0.0, 0
     with recorded(blocks, sample(reference.segments)) as outputs:
-        hidden = [run(model, segment).cpu() for segment in reference.segments.split(1)]
-    # The head only now, because it passes a token through the recorded blocks.
-    for before, after in zip(reference.hidden.split(1), hidden, strict=True):
-        expected = logits_of(model, before.to(device)).float()[0]  # (T, V)
-        found = logits_of(model, after.to(device)).float()[0]
-        divergence += float(kl_divergence(expected, found).double().sum())
-        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        for segment, before in zip(reference.segments.split(1), reference.hidden.split(1), strict=True):
+            found = logits_of(model, run(model, segment)).float()[0]  # (T, V)
+            expected = logits_of(model, before.to(device)).float()[0]
+            divergence += float(kl_divergence(expected, found).double().sum())
+            same += int((expected.argmax(-1) == found.argmax(-1)).sum())
     num_tokens = reference.segments.numel()
     snr = [signal_to_noise_db(before, after) for before, after in zip(reference.outputs, outputs, strict=True)]
     return Agreement(divergence / num_tokens, same / num_tokens, snr, num_tokens)

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from cbq.models.families import find_family, get_blocks
 from cbq.models.loading import PreTrainedModel
 
 
@@ -46,7 +47,10 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
         hidden: the last hidden states, (B, T, D), on its device.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (hidden,))
+    path, blocks = find_family(model.config).blocks, get_blocks(model)
+    model.set_submodule(path, nn.ModuleList())  # their outputs would not be used
     try:
         return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device), use_cache=False).logits
     finally:
+        model.set_submodule(path, blocks)
         hook.remove()

@@ -13,7 +13,7 @@ from cbq.models.equivalent import producer_maxima, scale_channels_, scale_column
 from cbq.models.families import scaling_pairs
 from cbq.models.pairs import ScalingPair
 from cbq.preprocess.outliers import RESERVED, largest_reserved
-from cbq.preprocess.statistics import InputStatistics, input_statistics
+from cbq.preprocess.statistics import InputStatistics, input_statistics, no_statistics
 from cbq.quant.linear import QuantLinear
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -139,7 +139,8 @@ class CoarseToFine:
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
         """
-        statistics = input_statistics(model, blocks, segments, place) if self.activations else ({} for _ in blocks)
+        observed = self.activations
+        statistics = input_statistics(model, blocks, segments, place) if observed else no_statistics(blocks)
         for block, ranges in zip(blocks, statistics, strict=True):
             linears = {name: module for name, module in block.named_modules() if isinstance(module, QuantLinear)}
             # Before activations are scaled: that makes columns of weights larger on purpose.

@@ -11,6 +11,7 @@ from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.models.experts import Experts, counted_tokens, every_token
+from cbq.models.offload import moved
 from cbq.quant.linear import quant_linears
 from cbq.quant.quantizer import StaticActQuantizer
 from cbq.streams.places import ON_DEVICE, Place
@@ -72,7 +73,7 @@ def input_statistics(
 ) -> Iterator[dict[str, InputStatistics]]:
     """Yield, for each block in order, what the input of each of its linears was, by their names.
 
-    The stream has passed a block when its statistics come: the block may then be changed.
+    The stream has passed a block when its statistics come: the block, on its device, may then be changed.
 
     Args:
         model: the language model, its linears in the full-precision state.
@@ -88,13 +89,21 @@ def input_statistics(
         linears = {name: module for name, module in block.named_modules() if getattr(module, "in_features", None)}
         collectors = {name: _Collector(every) for name in linears}
         hooks = [linear.register_forward_pre_hook(collectors[name]) for name, linear in linears.items()]
-        try:
-            with every_token(blocks):
-                cache.advance_full_precision(index + 1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        yield {name: collector.statistics() for name, collector in collectors.items()}
+        with moved([block]):
+            try:
+                with every_token(blocks):
+                    cache.advance_full_precision(index + 1)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            yield {name: collector.statistics() for name, collector in collectors.items()}
+
+
+def no_statistics(blocks: nn.ModuleList) -> Iterator[dict[str, InputStatistics]]:
+    """Yield nothing for each block in order, which is then on its device and may be changed, as it may be above."""
+    for block in blocks:
+        with moved([block]):
+            yield {}
 
 
 def set_act_ranges_(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
@@ -132,5 +141,6 @@ def expert_tokens(
     cache = ActivationCache(model, blocks, segments, place=place)
     cache.quantized = None  # one stream is enough here
     with counted_tokens(blocks) as counts:
-        cache.advance_full_precision(len(blocks))
+        for stop in range(1, len(blocks) + 1):  # block by block, as they fit on the device
+            cache.advance_full_precision(stop)
     return {name: found.tolist() for name, found in counts.items()}

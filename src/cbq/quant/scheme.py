@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from cbq.errors import InputError, check_flag
 
@@ -175,3 +175,8 @@ class QuantScheme:
     def is_quantized(self) -> bool:
         """Whether a linear of this scheme differs from full precision."""
         return self.quantizes_weights or self.quantizes_activations
+
+
+def changes(wanted: QuantScheme, found: QuantScheme) -> dict[str, object]:
+    """Return the fields in which one scheme differs from another that was wanted, with its values."""
+    return {key: value for key, value in asdict(found).items() if value != asdict(wanted)[key]}

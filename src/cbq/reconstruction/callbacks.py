@@ -124,22 +124,26 @@ class WindowCurves(L.Callback):
 
     Args:
         record: takes a window's rows: each a dict of metric name to number.
-        first_step: of the first window to come; above 0 where a run goes on.
-        first_window: its number.
 
     Attributes:
         step: the next one's number.
     """
 
-    def __init__(
-        self, record: Callable[[list[dict[str, float]]], None], first_step: int = 0, first_window: int = 0
-    ) -> None:
+    def __init__(self, record: Callable[[list[dict[str, float]]], None]) -> None:
         self.record = record
-        self.step = first_step
-        self.window = first_window - 1
+        self.step = 0
+        self.window = -1
         self.rows: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []
         self.names: list[str] = []
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what the curves of a run that goes on go on from."""
+        return {"step": self.step, "window": self.window}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.step, self.window = state["step"], state["window"]
 
     def on_fit_start(self, trainer: L.Trainer, module: WindowModule) -> None:
         self.window += 1

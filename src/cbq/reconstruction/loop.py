@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cbq.activations import ActivationCache
+from cbq.models.offload import moved
 from cbq.quant.linear import fuse_linears_
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
@@ -70,11 +71,12 @@ def reconstruct_(
     results = journal.recall_(cache)
     with older_objects_left_alone():
         for window in plan[len(results) :]:
-            results.append(solver.solve(window, cache, callbacks))
-            on_window(results[-1])
-            for block in blocks[window.start : window.finished]:
-                fuse_linears_(block)
-            cache.advance_quantized(window.finished)
+            with moved(blocks[window.start : window.stop]):
+                results.append(solver.solve(window, cache, callbacks))
+                on_window(results[-1])
+                for block in blocks[window.start : window.finished]:
+                    fuse_linears_(block)
+                cache.advance_quantized(window.finished)
             journal.keep(cache, window, results)
             gc.collect()  # a trainer and its module hold each other, and the window's streams
     return results

@@ -26,6 +26,10 @@ class LoggedConsole(Console):
             if line.strip():
                 LOGGER.info(line.rstrip())
 
+    def say(self, line: str) -> None:
+        """Print one line that the terminal may break where it ends."""
+        self.print(line, soft_wrap=True)
+
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:

@@ -3,17 +3,19 @@
 Shapes: N segments, T tokens, D hidden.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from cbq.activations import ActivationCache
 from cbq.errors import InputError
+from cbq.evaluation.evaluation import NOT_RECALLED, circumstances
+from cbq.evaluation.recall import Recall
 from cbq.reconstruction.loop import NoJournal
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
@@ -26,6 +28,16 @@ from cbq.streams.kinds import Stream
 BYTES_A_FILE = 2**29  # of a stream: what is in memory once more while it is written
 
 
+class Stateful(Protocol):
+    """Part of a run that goes on from where it was."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it is, of JSON's types."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
 class RunState:
     """What is on disk of a run.
 
@@ -35,17 +47,17 @@ class RunState:
     Args:
         folder: of the state.
         solver: of the run.
-        also: returns what else goes on from here, of JSON's types.
         say: takes a line for the user.
+        parts: what else goes on, by name.
     """
 
     def __init__(
-        self, folder: Path, solver: WindowSolver, also: Callable[[], dict[str, Any]], say: Callable[[str], None]
+        self, folder: Path, solver: WindowSolver, say: Callable[[str], None], parts: Mapping[str, Stateful]
     ) -> None:
         self.generations = Generations(folder)
         self.solver = solver
-        self.also = also
         self.say = say
+        self.parts = parts
         self.identity: dict[str, Any] = {}
 
     @property
@@ -59,7 +71,7 @@ class RunState:
         return self.generations.current.facts if self.generations.current else {}
 
     def find(self, identity: dict[str, Any], wanted: bool) -> None:
-        """Look for a state.
+        """Look for a state, and take it up but for blocks, streams and random generators.
 
         Args:
             identity: what decides the result besides the configuration: versions, hashes of the model and of data.
@@ -88,6 +100,17 @@ class RunState:
                 f"the run in {self.generations.folder.parent} cannot go on, because the result would be another: "
                 f"{'; '.join(differing)} (overwrite=true starts anew)"
             )
+        for name, part in self.parts.items():
+            part.load_state_dict(found.facts["parts"][name])
+        self.say(f"going on {self.describe()}")
+
+    def recall(self, what: str) -> Recall:
+        """Return what remembers scores of this run, so that one that goes on need not measure them again.
+
+        Args:
+            what: is measured.
+        """
+        return Recall(self.generations.folder / "scores", (what, *self.identity.values(), *circumstances()))
 
     def begin(self, blocks: nn.ModuleList) -> None:
         """Write the blocks as preprocessing left them."""
@@ -142,7 +165,7 @@ class RunState:
         if not self.found:
             return "none was written yet"
         windows = self.facts["windows"]
-        return f"after {len(windows)} windows" if windows else "after preprocessing, before the first window"
+        return f"after window {len(windows)}" if windows else "after preprocessing, before the first window"
 
     def discard(self) -> None:
         """Remove the state of a run that is finished."""
@@ -169,7 +192,7 @@ class RunState:
             "stages": stages,
             "random": states,
             **({"streams": streams} if streams else {}),
-            **self.also(),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
         try:
             self.generations.commit(files | {"random": lambda: tensors}, facts)
@@ -195,6 +218,10 @@ class NoState(NoJournal):
 
     def begin(self, blocks: nn.ModuleList) -> None:
         """Write nothing."""
+
+    def recall(self, what: str) -> Recall:
+        """Return what remembers nothing."""
+        return NOT_RECALLED
 
     def discard(self) -> None:
         """Remove nothing."""

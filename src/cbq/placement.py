@@ -1,0 +1,53 @@
+"""Where a model's weights are while it computes: on its device, or in host memory but for the blocks at work."""
+
+import torch
+
+from cbq.errors import InputError
+from cbq.models.families import get_blocks
+from cbq.models.loading import PreTrainedModel
+from cbq.models.offload import offload_
+from cbq.streams.memory import free_device_bytes
+
+RESIDENT_SHARE = 0.6  # of the device's free memory, how much a model may take: a window and its batches need the rest
+OFFLOAD = ("auto", True, False)
+
+
+def check_offload(offload: bool | str) -> None:
+    """Refuse what is no choice.
+
+    Raises:
+        InputError: neither auto nor a truth value.
+    """
+    if not isinstance(offload, bool) and offload != "auto":
+        raise InputError(f"offload must be auto, true or false, got {offload!r}")
+
+
+def place_(model: PreTrainedModel, device: torch.device, offload: bool | str = "auto") -> bool:
+    """Bring a model to its device, the whole of it or its blocks only while they compute.
+
+    Args:
+        model: in host memory.
+        device: where it computes; where that is the host, nothing is to be done.
+        offload: keep the blocks in host memory; auto: where the model would take more than `RESIDENT_SHARE` of the
+            device's free memory.
+
+    Returns:
+        whether the blocks are kept in host memory.
+
+    Raises:
+        InputError: they should be, of a model that is of no family of the table.
+    """
+    if device.type == "cpu":
+        return False
+    if offload == "auto":
+        offload = model_bytes(model) > RESIDENT_SHARE * free_device_bytes(device)
+    if offload:
+        offload_(model, get_blocks(model), device)
+    else:
+        model.to(device)
+    return offload
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """Return how large a model's parameters and buffers are."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
