@@ -186,7 +186,8 @@ def test_overwrite_clears_known_outputs_only(tmp_path, status, changes):
     assert not folder.is_finished()
     folder.start({"status": "running"})
     assert {name: (tmp_path / name).read_text() for name in own} == own
-    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", "plots", ".hydra", "config.yaml"}
+    kept = {"notes.txt", "plots", ".hydra", CONFIG_NAME, RESULTS_NAME}
+    assert {file.name for file in tmp_path.iterdir()} == kept
     assert OmegaConf.load(tmp_path / CONFIG_NAME) == OmegaConf.create(CONFIG | changes)
 
 

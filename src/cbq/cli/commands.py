@@ -1,6 +1,5 @@
 """What `cbq` can be told to do."""
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from cbq.checkpoint import find_checkpoint
-from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten
+from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten, quote
+from cbq.cli.reproduce import Reproduction
 from cbq.models.loading import results_name
 from cbq.report.command import SweepReport
 from cbq.results import environment, failure
@@ -56,18 +56,6 @@ class Command:
         """Return an option that is a text in quotes; any other as it is."""
         key, _, value = word.partition("=")
         return f"{key}={quote(value)}" if key in self.texts and value else word
-
-
-def quote(text: str) -> str:
-    """Return a text that hydra takes for one value, and nothing in it for an interpolation.
-
-    Example:
-        >>> print(quote("it's ${x}"))
-        'it\\'s \\${x}'
-    """
-    # Hydra takes a backslash for itself, unless it stands before a quote.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return "'" + escaped.replace("${", "\\${") + "'"
 
 
 def quantize(config: DictConfig) -> None:
@@ -125,6 +113,12 @@ def report(config: DictConfig) -> None:
     SweepReport(config.folder, experiments).run()
 
 
+def reproduce(config: DictConfig) -> None:
+    """Run a finished run again, and compare."""
+    check_keys(config, "reproduce")
+    Reproduction(config.folder, config.out).run()
+
+
 def export(config: DictConfig) -> None:
     """Write a checkpoint in the format of an engine."""
     check_keys(config, "export")
@@ -146,5 +140,6 @@ COMMANDS = {
     "evaluate": Command("evaluate", evaluate, argument="checkpoint", fills_folder=True),
     "export": Command("export", export, argument="checkpoint"),
     "generate": Command("generate", generate, argument="checkpoint", texts=("prompt",)),
+    "reproduce": Command("reproduce", reproduce, argument="folder"),
     "report": Command("report", report, argument="folder"),
 }

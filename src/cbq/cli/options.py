@@ -79,3 +79,15 @@ def flatten(config: DictConfig, prefix: str = "") -> dict:
         else:
             flat[prefix + key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return flat
+
+
+def quote(text: str) -> str:
+    """Return a text that hydra takes for one value, and nothing in it for an interpolation.
+
+    Example:
+        >>> print(quote("it's ${x}"))
+        'it\\'s \\${x}'
+    """
+    # Hydra takes a backslash for itself, unless it stands before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return "'" + escaped.replace("${", "\\${") + "'"

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from cbq.cli.commands import quote
+from cbq.cli.options import quote
 from cbq.errors import InputError, expanded
 from cbq.results import read_results
 
