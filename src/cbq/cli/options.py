@@ -23,7 +23,8 @@ def conf_dir() -> str:
 
 
 def check_keys(config: DictConfig, config_name: str = "config") -> None:
-    """Refuse a top-level key that nothing reads; a `+` makes hydra accept any.
+    """Refuse a top-level key that nothing reads, which a `+` makes hydra accept, and a group or a part of ours that is
+    not what it must be.
 
     Args:
         config: the composed configuration.
@@ -40,6 +41,13 @@ def check_keys(config: DictConfig, config_name: str = "config") -> None:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"it must be one of {', '.join(known)}"
         raise InputError(f"unknown option {unknown[0]!r}: {hint}")
+    plain, as_written = (OmegaConf.to_container(each, resolve=False) for each in (config, main_file))
+    for group in groups:
+        if plain.get(group) is not None and not isinstance(plain[group], dict):
+            raise InputError(f"{group} must be one of its choices, got {plain[group]!r}")
+    for node in ("runner", "evaluator", "command"):
+        if plain.get(node) != as_written.get(node):
+            raise InputError(f"{node} is made of the other options, and is none itself: leave it out")
 
 
 def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
