@@ -1,13 +1,15 @@
 """The options of a command: where they are written down, and which of them go together."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from cbq.errors import InputError
+from cbq.errors import InputError, one_line
 
 NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "save_state", "hydra"}
 NOT_OPTIONS = {"runner", "evaluator", "command", "defaults", "hydra"}
@@ -48,6 +50,33 @@ def check_keys(config: DictConfig, config_name: str = "config") -> None:
     for node in ("runner", "evaluator", "command"):
         if plain.get(node) != as_written.get(node):
             raise InputError(f"{node} is made of the other options, and is none itself: leave it out")
+    for group in groups:
+        if isinstance(config.get(group), DictConfig):
+            check_arguments(config[group], group)
+
+
+def check_arguments(node: DictConfig, path: str) -> None:
+    """Refuse what the class or function behind a part of the configuration does not take: some are called hours later.
+
+    Args:
+        node: the part.
+        path: its dotted key.
+
+    Raises:
+        InputError: there is an argument too many.
+    """
+    plain = OmegaConf.to_container(node, resolve=False)
+    if "_target_" in plain:
+        try:
+            parameters = inspect.signature(get_object(node["_target_"])).parameters
+        except Exception as error:  # of whatever module it names
+            raise InputError(f"{path}._target_ cannot be used: {one_line(error)}") from None
+        for key in plain:
+            if not key.startswith("_") and key not in parameters:
+                raise InputError(f"unknown option '{path}.{key}': it must be one of {', '.join(parameters)}")
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            check_arguments(node[key], f"{path}.{key}")
 
 
 def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
