@@ -1,6 +1,7 @@
 """The files of a model folder: which there are, and which are missing or broken. No weight is read into memory."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ def pickle_dtypes(file: Path) -> dict[str, str]:
         InputError: it holds anything but tensors, or is broken.
     """
     try:
-        found = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are refused
+            found = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{file} holds more than tensors, or is broken: {type(error).__name__}") from error
     if not isinstance(found, dict) or not all(isinstance(each, torch.Tensor) for each in found.values()):
