@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cbq.errors import InputError
 from cbq.models.families import find_family
 from cbq.models.offload import lent
 from cbq.streams.kinds import Stream
@@ -188,7 +189,9 @@ class ActivationCache:
         return hidden
 
     @torch.no_grad()
-    def map_stream(self, start: int, stop: int, stream: Stream, output: Stream | None = None) -> Stream:
+    def map_stream(
+        self, start: int, stop: int, stream: Stream, output: Stream | None = None, whose: str = "the model"
+    ) -> Stream:
         """Return what blocks start to stop - 1 make of a whole `stream` (N, T, D), with no gradient.
 
         Args:
@@ -196,6 +199,10 @@ class ActivationCache:
             stop: one past the last block.
             stream: is read batch by batch.
             output: is written batch by batch, and may be `stream` itself; a new one if None.
+            whose: hidden states they are, for the error.
+
+        Raises:
+            InputError: one of them is not finite: whatever was learned from it would be none either.
         """
         if start == stop:
             return stream
@@ -203,10 +210,14 @@ class ActivationCache:
             output = self.place.make(stream.shape, stream.dtype, self.device)
         parts = self.parts(len(stream))
         batches = self.place.feed(([stream[part]] for part in parts), self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)  # looked at once: a GPU is not waited for
         with lent(self.blocks[start:stop]):
             for part, (batch,) in zip(parts, batches, strict=True):
                 with autocast(self.device):
-                    output[part] = self.run_blocks(start, stop, batch)
+                    hidden = self.run_blocks(start, stop, batch).to(output.dtype)
+                finite &= hidden.isfinite().all()
+                output[part] = hidden
+        check_states(finite, whose, f"blocks {start} to {stop - 1}", output.dtype)
         return output
 
     def advance_full_precision(self, stop: int) -> Stream:
@@ -221,9 +232,58 @@ class ActivationCache:
         """Move the quantized stream on to the input of block `stop`, through blocks that are finished."""
         assert stop >= self.quantized_at, "the quantized stream only moves forward"
         output = None if self.quantized is self.full_precision else self.quantized
-        self.quantized = self.map_stream(self.quantized_at, stop, self.quantized, output)
+        self.quantized = self.map_stream(self.quantized_at, stop, self.quantized, output, "the quantized model")
         self.quantized_at = stop
         return self.quantized
+
+
+def check_states(finite: torch.Tensor, whose: str, where: str, dtype: torch.dtype) -> None:
+    """Refuse hidden states that are not finite.
+
+    Args:
+        finite: whether all are, ().
+        whose: model computed them.
+        where: in the model.
+        dtype: of the states.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not finite:
+        raise InputError(
+            f"{whose} computes values that are not finite in {where}, on the calibration segments in "
+            f"{str(dtype).removeprefix('torch.')}: model.dtype=float32 has the widest range"
+        )
+
+
+@torch.no_grad()
+def check_computes(model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor) -> None:
+    """Refuse a model that does not compute finite hidden states for one segment: it is not worth hours.
+
+    Args:
+        model: the language model, on its device.
+        blocks: its blocks, in the full-precision state.
+        segments: calibration token ids, (N, T).
+
+    Raises:
+        InputError: it does not.
+    """
+
+    def check(index: int, output: torch.Tensor | tuple) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        check_states(hidden.isfinite().all(), "the model", f"block {index}", hidden.dtype)
+
+    hooks = [
+        block.register_forward_hook(lambda module, args, output, index=index: check(index, output))
+        for index, block in enumerate(blocks)
+    ]
+    segment = segments[:1].to(next(model.parameters()).device)
+    try:
+        with autocast(segment.device):
+            model(input_ids=segment, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from cbq.activations import stream_bytes
+from cbq.activations import check_computes, stream_bytes
 from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.models.loading import PreTrainedModel
@@ -93,6 +93,7 @@ def quantize(
     check_tokens(tokens, model.config.vocab_size)
     own = isinstance(activation_cache, StreamPlacement)
     placement = activation_cache if own else StreamPlacement(activation_cache)
+    check_computes(model, blocks, tokens)
     num_bytes = stream_bytes(model, blocks, tokens)
     place = placement.choose(solver.num_streams, num_bytes, model.device, Path(tempfile.gettempdir()))
     L.seed_everything(seed, verbose=False)

@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cbq.errors import InputError, expanded, is_folder
+from cbq.errors import InputError, expanded, is_folder, one_line
+from cbq.hashes import hash_file, hash_tensors
 from cbq.models.attention import hook_attention_
 from cbq.models.engine import load_as_it_is
+from cbq.models.files import is_file
 from cbq.models.linears import to_linears_, to_stored
 from cbq.models.loading import (
     LoadedModel,
@@ -36,6 +38,7 @@ from cbq.quant.linear import FusedLinear, fused_linears, make_act_quantizer
 from cbq.quant.quantizer import ActQuantizer
 from cbq.quant.scheme import MODEL_WIDE, QuantScheme
 from cbq.quant.state import QuantState
+from cbq.quant.stored import check_stored_number, check_stored_weight
 
 QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
@@ -80,8 +83,10 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         "linears": json.dumps(schemes),
         "attentions": json.dumps(attentions),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "files": json.dumps(hash_weights(folder)),
     }
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file, metadata)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata | {"digest": digest(tensors, metadata)})
 
 
 def load_checkpoint(folder: str | Path) -> LoadedModel:
@@ -108,26 +113,57 @@ def load_checkpoint(folder: str | Path) -> LoadedModel:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         if metadata["format_version"] != FORMAT_VERSION:
             raise InputError(f"{file} has format {metadata['format_version']}; this cbq reads {FORMAT_VERSION}")
-        attentions = json.loads(metadata["attentions"])
+        if metadata.pop("digest", None) not in (None, digest(tensors, metadata)):  # older ones have none
+            raise InputError(f"damaged checkpoint, {file} is not as it was written")
+        files = json.loads(metadata.get("files", "{}"))
+        attentions = dict(json.loads(metadata["attentions"]))
         schemes = {name: QuantScheme(**options) for name, options in json.loads(metadata["linears"]).items()}
         dtype = metadata["dtype"]
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"damaged checkpoint, {file} cannot be read: {error}") from None
+        if not schemes:
+            raise InputError(f"damaged checkpoint, {file} names no linear")
+    except InputError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise InputError(f"damaged checkpoint, {file} cannot be read: {one_line(error)}") from None
+    if files:
+        check_hashes(folder, files)
     loaded = load_pretrained(str(folder), dtype=dtype)
     to_linears_(loaded.model)
     for name, scheme in schemes.items():
         try:
             loaded.model.set_submodule(name, load_linear(loaded.model.get_submodule(name), scheme, name, tensors))
-        except (KeyError, AttributeError, RuntimeError) as error:
-            raise InputError(f"damaged checkpoint, {file} does not fit {name}: {error}") from None
+        except (KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"damaged checkpoint, {file} does not fit {name}: {one_line(error)}") from None
     if attentions:
         hook_attention_(loaded.model)
     for name, options in attentions.items():
         try:
             load_qkv_quantizer_(loaded.model.get_submodule(name), options, name, tensors)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"damaged checkpoint, {file} does not fit {name}: {error}") from None
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"damaged checkpoint, {file} does not fit {name}: {one_line(error)}") from None
     return loaded
+
+
+def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Return the hash of what the quantized file holds."""
+    return hash_tensors(dict(sorted(tensors.items())) | {json.dumps(sorted(metadata.items())): torch.empty(0)})
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """Return the hash of each file of a folder that holds weights, by its name."""
+    return {file.name: hash_file(file) for file in sorted(folder.glob("model*.safetensors")) if is_file(file)}
+
+
+def check_hashes(folder: Path, files: dict[str, str]) -> None:
+    """Refuse files of weights that are not as they were written.
+
+    Raises:
+        InputError: one is not, or is missing.
+    """
+    found = hash_weights(folder)
+    wrong = sorted(name for name in files if found.get(name) != files[name])
+    if wrong:
+        raise InputError(f"damaged checkpoint, {folder / wrong[0]} is missing or not as it was written")
 
 
 def find_any(folder: str) -> Path:
@@ -166,8 +202,16 @@ def find_checkpoint(path: str) -> Path:
 
 
 def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict[str, torch.Tensor]) -> FusedLinear:
-    """Return the fused form of a linear from its stored tensors; a KeyError if one is missing."""
+    """Return the fused form of a linear from its stored tensors.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one is not what the scheme says.
+    """
     weights, activations = scheme.quantizes_weights, scheme.quantizes_activations
+    if weights:
+        parts = (tensors[f"{name}.{part}"] for part in ("integers", "weight_scale", "zero_point"))
+        check_stored_weight(scheme, linear.weight.shape, *parts)
     return FusedLinear(
         scheme=scheme,
         integers=tensors[f"{name}.integers"] if weights else None,
@@ -180,8 +224,15 @@ def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict
 
 
 def load_act_quantizer(scheme: QuantScheme, name: str, tensors: dict[str, torch.Tensor]) -> ActQuantizer:
-    """Return the activation quantizer of a linear from its stored tensors; a KeyError if one is missing."""
+    """Return the activation quantizer of a linear from its stored tensors.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one is no number.
+    """
     quantizer = make_act_quantizer(scheme)
+    for part in ("multiplier", *(part for part, _ in quantizer.named_buffers())):
+        check_stored_number(tensors[f"{name}.act_{part}"])
     quantizer.range_multiplier = nn.Parameter(tensors[f"{name}.act_multiplier"], requires_grad=False)
     for part, buffer in quantizer.named_buffers():
         buffer.copy_(tensors[f"{name}.act_{part}"])
@@ -192,6 +243,7 @@ def load_qkv_quantizer_(attention: nn.Module, options: dict, name: str, tensors:
     """Give an attention module its stored `qkv_quantizer`; a KeyError if a tensor is missing."""
     quantizer = QKVQuantizer(**options)
     for part, multiplier in quantizer.named_parameters():
+        check_stored_number(tensors[f"{name}.{part}"])
         multiplier.copy_(tensors[f"{name}.{part}"])
     quantizer.state = QuantState.LEARNED
     attention.qkv_quantizer = quantizer.to(next(attention.parameters()).device)

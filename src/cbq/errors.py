@@ -11,6 +11,22 @@ class InputError(ValueError):
     """
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Return an error's message without line breaks, and what does not print in a terminal escaped.
+
+    Args:
+        error: what was raised.
+        most: characters; the rest is left out.
+
+    Example:
+        >>> one_line(ValueError("not found:\\n  see \\x1b[31m"))
+        'not found: see \\\\x1b[31m'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def check_flag(key: str, value: bool) -> None:
     """Refuse anything but true and false: a text such as `no` would count as true.
 

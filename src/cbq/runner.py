@@ -11,7 +11,7 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from cbq.activations import stream_bytes
+from cbq.activations import check_computes, stream_bytes
 from cbq.checkpoint import save_checkpoint
 from cbq.cost import Stopwatch, peak_memory, reset_peak_device_memory
 from cbq.data.calibration import Calibration
@@ -191,6 +191,7 @@ class Runner:
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
         self.offload = place_(loaded.model, self.device, self.offload)
+        check_computes(loaded.model, loaded.blocks, segments)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)
         place = self.activations.choose(self.solver.num_streams, num_bytes, self.device, self.folder.path)
         self.state.find(identity, self.folder.goes_on)

@@ -213,8 +213,8 @@ def lose_tokenizer(folder: Path) -> None:
 DOWN = "model.layers.2.mlp.down_proj.weight"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json describes no model"),
-    "config of another kind": (lambda folder: (folder / "config.json").write_text("[1]"), "config.json describes no"),
+    "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "has a corrupt config.json"),
+    "config of another kind": (lambda folder: (folder / "config.json").write_text("[1]"), "has a corrupt config.json"),
     "unknown model type": (lambda folder: edit_config(folder, model_type="foo"), "supported: llama"),
     "supported by transformers only": (
         lambda folder: (folder / "config.json").write_text(MambaConfig().to_json_string()),

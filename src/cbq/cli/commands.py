@@ -8,11 +8,12 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cbq.checkpoint import find_checkpoint
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten, quote
 from cbq.cli.reproduce import Reproduction
+from cbq.cli.stored import stored_group
 from cbq.models.loading import results_name
 from cbq.report.command import SweepReport
 from cbq.results import environment, failure
@@ -131,7 +132,7 @@ def generate(config: DictConfig) -> None:
     load_base = None
     run_config = find_checkpoint(config.checkpoint).parent / CONFIG_NAME
     if config.compare and run_config.is_file():
-        load_base = instantiate(OmegaConf.load(run_config).model)
+        load_base = instantiate(stored_group(run_config, "model"))
     instantiate(config.command, checkpoint=config.checkpoint, prompt=config.prompt, load_base=load_base).run()
 
 

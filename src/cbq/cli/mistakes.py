@@ -2,10 +2,13 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
@@ -17,10 +20,11 @@ from omegaconf.errors import (
 )
 
 from cbq.cli.options import NOT_OPTIONS, conf_dir, flatten
-from cbq.errors import InputError
+from cbq.errors import InputError, one_line
 
 # What a launcher's configuration extends -> the extra that brings it.
 EXTRAS = {"hydra/launcher/joblib": "joblib", "hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/ray": "ray"}
+MOST = 4000  # characters: the names of all experiments
 SIGNATURE_ERROR = re.compile(r"unexpected keyword argument|missing \d+ required")
 
 
@@ -37,9 +41,9 @@ def explain(error: BaseException | None, config_name: str = "config") -> str | N
         error = error.__cause__ or error.__context__
     for link in chain:
         if isinstance(link, InputError):
-            return one_line(link)
+            return one_line(link, MOST)
         if isinstance(link, MissingMandatoryValue | InterpolationToMissingValueError):
-            key = getattr(link, "full_key", None) or one_line(link)
+            key = getattr(link, "full_key", None) or one_line(link, MOST)
             return f"{key} is required: give {key}=<value>"
         if isinstance(link, ConfigKeyError | ConfigAttributeError):
             return unknown_key(link, config_name)
@@ -51,11 +55,11 @@ def explain(error: BaseException | None, config_name: str = "config") -> str | N
     for link in chain:
         # An argument that a class does not have, or that is missing; any other TypeError is a fault of ours.
         if isinstance(link, InstantiationException) and SIGNATURE_ERROR.search(str(link.__cause__)):
-            return one_line(link.__cause__)
+            return one_line(link.__cause__, MOST)
         if isinstance(link, ConfigCompositionException | OmegaConfBaseException):
-            return one_line(link)
+            return one_line(link, MOST)
     if isinstance(chain[0], HydraException) and not isinstance(chain[0], InstantiationException):
-        return one_line(chain[0])
+        return one_line(chain[0], MOST)
     return None
 
 
@@ -79,6 +83,16 @@ def unknown_key(error: ConfigKeyError | ConfigAttributeError, config_name: str) 
     return f"unknown option {key!r}: {hint}"
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
+def check_flags(words: Sequence[str]) -> None:
+    """Refuse a word that hydra takes for a flag of its own and does not know: argparse would print a page.
+
+    Raises:
+        InputError: there is one.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(one_line(ValueError(message)))
+
+    parser.error = refuse
+    parser.parse_args(list(words))

@@ -1,13 +1,15 @@
 """The options of a command: where they are written down, and which of them go together."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from cbq.errors import InputError
+from cbq.errors import InputError, one_line
 
 NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "save_state", "hydra"}
 NOT_OPTIONS = {"runner", "evaluator", "command", "defaults", "hydra"}
@@ -23,7 +25,8 @@ def conf_dir() -> str:
 
 
 def check_keys(config: DictConfig, config_name: str = "config") -> None:
-    """Refuse a top-level key that nothing reads; a `+` makes hydra accept any.
+    """Refuse a top-level key that nothing reads, which a `+` makes hydra accept, and a group or a part of ours that is
+    not what it must be.
 
     Args:
         config: the composed configuration.
@@ -40,6 +43,40 @@ def check_keys(config: DictConfig, config_name: str = "config") -> None:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"it must be one of {', '.join(known)}"
         raise InputError(f"unknown option {unknown[0]!r}: {hint}")
+    plain, as_written = (OmegaConf.to_container(each, resolve=False) for each in (config, main_file))
+    for group in groups:
+        if plain.get(group) is not None and not isinstance(plain[group], dict):
+            raise InputError(f"{group} must be one of its choices, got {plain[group]!r}")
+    for node in ("runner", "evaluator", "command"):
+        if plain.get(node) != as_written.get(node):
+            raise InputError(f"{node} is made of the other options, and is none itself: leave it out")
+    for group in groups:
+        if isinstance(config.get(group), DictConfig):
+            check_arguments(config[group], group)
+
+
+def check_arguments(node: DictConfig, path: str) -> None:
+    """Refuse what the class or function behind a part of the configuration does not take: some are called hours later.
+
+    Args:
+        node: the part.
+        path: its dotted key.
+
+    Raises:
+        InputError: there is an argument too many.
+    """
+    plain = OmegaConf.to_container(node, resolve=False)
+    if "_target_" in plain:
+        try:
+            parameters = inspect.signature(get_object(node["_target_"])).parameters
+        except Exception as error:  # of whatever module it names
+            raise InputError(f"{path}._target_ cannot be used: {one_line(error)}") from None
+        for key in plain:
+            if not key.startswith("_") and key not in parameters:
+                raise InputError(f"unknown option '{path}.{key}': it must be one of {', '.join(parameters)}")
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            check_arguments(node[key], f"{path}.{key}")
 
 
 def check_combination(config: DictConfig, typed: Sequence[str]) -> None:

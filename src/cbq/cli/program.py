@@ -14,11 +14,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cbq.cli.commands import COMMANDS, Command
-from cbq.cli.mistakes import explain
+from cbq.cli.mistakes import check_flags, explain
 from cbq.cli.options import conf_dir
 from cbq.cli.resolvers import register
 from cbq.cli.resume import resumed
-from cbq.errors import InputError
+from cbq.errors import InputError, one_line
 from cbq.run_folder import ERROR_NAME, withdraw
 
 register()  # here, so that a launcher's process has them as soon as it unpacks its job
@@ -70,6 +70,7 @@ def main() -> None:
     jobs = Jobs()
     application = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=chosen.config_name)
     try:
+        check_flags(sys.argv[1:])
         application(lambda config: codes.append(run_job(chosen, config, jobs)))()
     except KeyboardInterrupt:
         print(f"cbq: {'terminated' if stopped.by_signal else 'interrupted'}", file=sys.stderr)
@@ -78,6 +79,8 @@ def main() -> None:
         line = explain(error, chosen.config_name)
         if line is None and isinstance(error, OSError) and not jobs.started:
             line = f"hydra.run.dir {error.filename} cannot be made: {error.strerror}"
+        if line is None and not jobs.started:  # hydra could not make a configuration of the command line
+            line = one_line(error)
         if line is None:
             raise
         if jobs.failed:

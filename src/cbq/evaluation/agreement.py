@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cbq.errors import InputError
-from cbq.evaluation.recall import hash_tensors
+from cbq.hashes import hash_tensors
 from cbq.models.head import last_hidden_states, logits_of
 from cbq.models.loading import PreTrainedModel
 

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
+
+from cbq.hashes import hash_tensors
 
 
 class Recall:
@@ -66,17 +67,6 @@ def fingerprint(model: nn.Module) -> str:
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     text = json.dumps(config, sort_keys=True, default=str) + hash_tensors(model.state_dict())
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the hash of some tensors: names, dtypes, shapes and bits."""
-    digest = xxhash.xxh3_128()  # of billions of numbers: the others take minutes
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def hash_tokens(ids: Sequence[torch.Tensor]) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-from cbq.errors import InputError
-from cbq.hub import first_line
+from cbq.errors import InputError, one_line
+from cbq.models.checks import check_complete, check_finite, check_size, check_vocabulary
 from cbq.models.families import context
-from cbq.models.loading import LoadedModel, check_complete, check_vocabulary, quiet_transformers, read_tokenizer
+from cbq.models.files import check_weights, find_trap, weight_format
+from cbq.models.loading import LoadedModel, quiet_transformers, read_config, read_tokenizer
 
 
 @torch.no_grad()
@@ -35,7 +36,13 @@ def load_quantized(
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dequantize is said beside what the folder says, as it must be
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,  # left out, it would ask on a terminal
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
+            **options,
         )
         check_complete(folder, model.config, info)
         model.eval().to(device)
@@ -55,15 +62,22 @@ def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
     """
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
+    if trap := find_trap(folder):
+        raise InputError(f"model folder {folder} {trap}")
     with quiet_transformers():
         tokenizer = read_tokenizer(folder, trust_remote_code=False)
+    if (folder / "config.json").is_file() and weight_format(folder):  # else transformers says what is wrong
+        num_bytes = check_weights(folder, full_precision=False)
+        with quiet_transformers():
+            check_size(folder, read_config(folder, trust_remote_code=False), num_bytes)
     try:
         model = load_quantized(folder, torch.device("cpu"), dtype, dequantize=has_packed_zero_points(folder))
     except InputError:
         raise
     except Exception as error:  # each format of quantized weights has its own library, with errors of its own
-        raise InputError(f"transformers cannot load the model in {folder}: {first_line(error)}") from error
+        raise InputError(f"transformers cannot load the model in {folder}: {one_line(error)}") from error
     check_vocabulary(folder, tokenizer, model.config)
+    check_finite(folder, model)
     name = folder.resolve().name
     return LoadedModel(name, model.requires_grad_(False), tokenizer, context(model.config), prompt="The")
 
@@ -75,5 +89,5 @@ def has_packed_zero_points(folder: Path) -> bool:
         groups = config.get("config_groups", {}).values()
         packed = [group for group in groups if "pack" in (group.get("format") or config.get("format", ""))]
         return any(not group["weights"]["symmetric"] for group in packed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

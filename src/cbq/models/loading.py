@@ -5,6 +5,7 @@ parameters with random numbers and go on.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cbq.errors import InputError, check_flag, check_text, expanded
-from cbq.hub import fetch_snapshot, first_line
-from cbq.models.families import context, find_family, get_blocks, supported_types
-from cbq.models.files import HUB_PATTERNS, PICKLE, SAFETENSORS, find_defect, weight_format
+from cbq.errors import InputError, check_flag, check_text, expanded, is_folder, one_line
+from cbq.hub import fetch_snapshot
+from cbq.models.checks import check_complete, check_config, check_finite, check_size, check_vocabulary
+from cbq.models.families import context, get_blocks, supported_types
+from cbq.models.files import HUB_PATTERNS, PICKLE, SAFETENSORS, check_weights, find_defect, find_trap, weight_format
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -99,7 +101,7 @@ def load_pretrained(
     check_text("model.path", path)
     check_flag("model.trust_remote_code", trust_remote_code)
     folder = expanded(path)
-    if folder.is_dir():
+    if is_folder(folder):
         return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
     if _looks_local(path):
         raise InputError(f"model path {path!r} is not a folder; give a folder or a hub id such as huggyllama/llama-7b")
@@ -114,7 +116,7 @@ def load_pretrained(
 def results_name(path: str, name: str | None = None) -> str:
     """Return how results call a model: by its name, its folder's name or its hub id."""
     folder = expanded(path)
-    return name or (folder.resolve().name if folder.is_dir() else path)
+    return name or (folder.resolve().name if is_folder(folder) else path)
 
 
 def _looks_local(path: str) -> bool:
@@ -133,28 +135,28 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
     check_text("model.prompt", prompt)
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if defect := find_defect(folder):
+    if defect := find_defect(folder) or find_trap(folder):
         raise InputError(f"model folder {folder} {defect}")
+    num_bytes = check_weights(folder, full_precision=True)
     with quiet_transformers():
-        config = _read_config(folder, trust_remote_code)
+        config = read_config(folder, trust_remote_code)
+        check_config(folder, config)
         tokenizer = read_tokenizer(folder, trust_remote_code)
         check_vocabulary(folder, tokenizer, config)  # before the weights are read: seven billion of them take minutes
+        check_size(folder, config, num_bytes)
         model = _read_model(folder, config, dtype, trust_remote_code)
+    check_finite(folder, model)
     return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(config), prompt)
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """Read config.json; the architecture must be one of the table's and its weights not quantized yet."""
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read config.json, of any architecture."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # a nonsensical value can raise anything in the class of a configuration
         raise InputError(
-            f"{folder}/config.json describes no model ({first_line(error)}); supported: {', '.join(supported_types())}"
+            f"{folder}/config.json describes no model ({one_line(error)}); supported: {', '.join(supported_types())}"
         ) from error
-    find_family(config)
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"the model in {folder} is quantized already; give the full-precision checkpoint")
-    return config
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -162,70 +164,30 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for a corrupt file
-        raise InputError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+        raise InputError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
 def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     """Read the weights, all of which must be there, fit, and be used."""
-    weights = weight_format(folder)
-    for file in sorted(folder.glob(weights.pattern)):
-        weights.check(file)
     if dtype == "auto" and not torch.cuda.is_available():
         dtype = "float32"
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=weights is SAFETENSORS,
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # only so that they are listed below instead of a page of text
-        output_loading_info=True,
-    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=weight_format(folder) is SAFETENSORS,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # only so that they are listed below instead of a page of text
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever files of somebody else's make transformers raise
+        raise InputError(f"transformers cannot load the model in {folder}: {one_line(error)}") from error
     check_complete(folder, config, info)
     return model
-
-
-def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for.
-
-    Raises:
-        InputError: it has some, or no ids at all.
-    """
-    # Added tokens may lie beyond: Gemma 3's stands for an image, which its text model never sees.
-    added = tokenizer.get_added_vocab()
-    largest = max((index for token, index in tokenizer.get_vocab().items() if token not in added), default=-1)
-    if not 0 <= largest < config.vocab_size:
-        raise InputError(
-            f"tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {config.vocab_size} ids"
-        )
-
-
-def check_complete(folder: Path, config: PreTrainedConfig, info: dict) -> None:
-    """Refuse a checkpoint some of whose parameters are missing, do not fit, or are of blocks that are not there.
-
-    Args:
-        folder: its folder.
-        config: the model's.
-        info: what transformers says of the loading.
-
-    Raises:
-        InputError: there are some.
-    """
-    # Parameters of a block that nothing uses (biases, more blocks) mean that config.json describes another model.
-    # Position tables of old LLaMA checkpoints are no parameters.
-    known = config.model_type in supported_types()
-    blocks = (find_family(config).blocks if known else "") + "."
-    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
-    for problem, keys in (
-        ("lacks parameters", info["missing_keys"]),
-        ("has parameters of a wrong shape", [str(mismatch[0]) for mismatch in info["mismatched_keys"]]),
-        ("has parameters that config.json has no place for", [key for key in unexpected if key.startswith(blocks)]),
-    ):
-        names = sorted(keys)
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"the checkpoint in {folder} {problem}: {', '.join(names[:3])}{more}")
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """How what a window learns is moved: an optimizer and the course of its rates."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from cbq.errors import InputError, one_line
 
 
 def adam(params: list[dict]) -> torch.optim.Adam:
@@ -54,8 +57,24 @@ class Descent:
             is 1.
         schedule: makes the schedule from the optimizer and the number of steps.
 
+    Raises:
+        InputError: they take an option for something else, or cannot be made.
+
     Source: section 5.1 (CosineAnnealingLR); the paper does not name the optimizer.
     """
 
     optimizer: Callable[[list[dict]], Optimizer] = adam
     schedule: Callable[[Optimizer, int], LRScheduler] = CosineAnnealingLR
+
+    def __post_init__(self) -> None:
+        parameter = torch.zeros(1, requires_grad=True)
+        parameter.grad = torch.zeros(1)
+        try:  # a wrong option speaks up before any work
+            optimizer = self.optimizer([{"params": [parameter], "lr": 1e-3}])
+            schedule = self.schedule(optimizer, 2)
+            optimizer.step()
+            schedule.step()
+        except Exception as error:  # whatever torch makes of it
+            raise InputError(f"reconstruction.descent cannot be made: {one_line(error)}") from None
+        if not math.isfinite(optimizer.param_groups[0]["lr"]) or not parameter.isfinite().all():
+            raise InputError("reconstruction.descent must move what is learned by a finite rate")

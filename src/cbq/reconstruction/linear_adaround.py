@@ -91,10 +91,15 @@ class LinearAdaRound(LinearByLinear):
         rounding = self.rounding(linear.out_features, linear.in_features).to(weight.device)
         nearest = quantizer(weight, Nearest(linear.out_features, linear.in_features))
         unit = output_error((nearest - weight).double(), gram)
-        if unit > 0 and rounding.learning_rate and list(rounding.parameters()):
+        shares = (gram / unit).float()  # not finite where there is nothing to gain, or too little for a float
+        if shares.isfinite().all() and rounding.learning_rate and list(rounding.parameters()):
             kernels = choose_kernels("auto", weight.device, weight.numel(), self.num_steps)
             with torch.enable_grad(), run_by([quantizer], kernels):
-                self._learn_(rounding, quantizer, weight, (gram / unit).float())
+                self._learn_(rounding, quantizer, weight, shares)
+            rounding.harden_()
+            if not output_error((quantizer(weight, rounding) - weight).double(), gram) <= unit:  # also if it is none
+                self.notes.append("a linear kept round-to-nearest: its learned rounding was worse")
+                rounding = self.rounding(linear.out_features, linear.in_features).to(weight.device)
         rounding.harden_()
         linear.rounding = rounding.requires_grad_(False)
 

@@ -4,15 +4,18 @@ Shapes: N segments, T tokens, O out_features, I in_features.
 """
 
 from abc import abstractmethod
+from collections import Counter
 from contextlib import suppress
 
 import lightning as L
 import torch
 
 from cbq.activations import ActivationCache, autocast
+from cbq.errors import InputError
 from cbq.models.experts import every_token
 from cbq.quant.linear import QuantLinear, quant_linears
 from cbq.quant.quantizer import ActQuantizer
+from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.window_solver import Task, WindowSolver
 
 
@@ -69,6 +72,9 @@ def gram_matrix(cache: ActivationCache, start: int, index: int, linear: QuantLin
         index: the block of the linear; it and those before it must be in the learned state.
         linear: if it quantizes its input, x is quantized.
 
+    Raises:
+        InputError: the products overflow.
+
     Note: products of a batch are float32, on a GPU too, where the rest of the forward is bfloat16; their sum is
         float64, so that many segments lose nothing.
     """
@@ -90,6 +96,8 @@ def gram_matrix(cache: ActivationCache, start: int, index: int, linear: QuantLin
             gram += x.T @ x
     finally:
         hook.remove()
+    if not gram.isfinite().all():
+        raise InputError(f"the inputs of a linear in block {index} are too large: their products overflow float32")
     return gram
 
 
@@ -99,15 +107,24 @@ class LinearByLinear(WindowSolver):
 
     Args:
         loss: Eq. 7; only measured.
+
+    Attributes:
+        notes: what kept linears of the present window sound.
     """
+
+    def __init__(self, loss: ReconstructionLoss) -> None:
+        super().__init__(loss)
+        self.notes: list[str] = []
 
     @torch.no_grad()
     def learn_(self, task: Task, callbacks: list[L.Callback]) -> tuple[float, str | None]:
         """Solve the window's linears; callbacks hear of nothing: there is no fit."""
         window, cache = task.window, task.cache
+        self.notes = []
         for index in range(window.rounding_start, window.stop):
             self.solve_block_(cache, window.start, index)
-        return self.measure(window, cache, task.targets), None
+        notes = [f"{count} x {note}" for note, count in Counter(self.notes).items()]
+        return self.measure(window, cache, task.targets), "; ".join(notes) or None
 
     @torch.no_grad()
     def solve_block_(self, cache: ActivationCache, start: int, index: int) -> None:

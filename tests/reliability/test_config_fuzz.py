@@ -1,0 +1,211 @@
+"""Random command lines of every command: each ends in success or in one clear line, never in a traceback."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from cbq.cli import conf_dir, main
+from cbq.runner import Runner
+
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in Path(conf_dir()).iterdir()
+    if folder.is_dir() and folder.name != "hydra"
+}
+BASE = (
+    "evaluation=none",
+    "tracking.mode=disabled",
+    "calibration.num_segments=2",
+    "calibration.segment_tokens=16",
+    "reconstruction.epochs=1",
+    "cbd.window=4",
+)
+MOST_STEPS, MOST_SEGMENTS, MOST_CANDIDATES = 8, 4, 40  # what is more is composed and tried, but not run
+# What any option may be given: as it should be, of another type, out of range, or no value at all.
+VALUES = (
+    *("0", "1", "2", "3", "4", "8", "16", "32", "64", "128", "-1", "-7", "0.5", "1e-3", "1.0", "99.9", "0x10", "1_000"),
+    *("nan", "inf", "-inf", "1e30", "1e400", "-1e30", "1000000000000", "100000000000000000000", "1" + "0" * 400),
+    *(
+        "true",
+        "false",
+        "null",
+        "no",
+        "''",
+        "auto",
+        "none",
+        "text",
+        "a b",
+        "é漢字🙂",
+        "'[/x]'",
+        "'[bold]x'",
+        "'\x1b[31m'",
+    ),
+    *("[]", "{}", "[1,2]", "[[1]]", "{a: 1}", "{_target_: nowhere.Nothing}", "[c4]", "[embedded]", "[null]", "???"),
+    *("${seed}", "${nowhere}", "${oc.env:NO_SUCH_VARIABLE}", "${model}", "${oc.env:HOME}", "'$(id)'", "'../../x'"),
+    *(
+        "/",
+        "/dev/null",
+        "/proc/self/mem",
+        "~",
+        "~nobody/x",
+        "./x",
+        "x" * 300,
+        "x" * 5000,
+        "'\udcff'",
+        "'a\nb'",
+        "'\x00'",
+    ),
+)
+# What hydra does not read as one value.
+NO_VALUES = (
+    "=",
+    "a=b",
+    ",",
+    "1,2",
+    "'",
+    '"',
+    "\\",
+    "(",
+    "glob(*)",
+    "range(3)",
+    "choice(1,2)",
+    "%",
+    "'${'",
+    "\x00",
+    "a\nb",
+)
+COMMANDS = ("evaluate", "export", "generate", "report")
+
+
+def leaves(node: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield the options of a YAML file, with their values as one types them."""
+    for key in node:
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            yield f"{prefix}{key}", "x"
+        elif OmegaConf.is_dict(node[key]):
+            yield from leaves(node[key], f"{prefix}{key}.")
+        elif key not in ("defaults", "_target_", "_partial_", "_convert_"):
+            yield f"{prefix}{key}", "null" if node[key] is None else str(node[key]).replace(" ", "")
+
+
+def options() -> dict[str, str]:
+    """Return every option of any choice of a group, with a value that it has somewhere."""
+    found = {"seed": "0", "overwrite": "false"}
+    for group, choices in GROUPS.items():
+        for choice in choices if group not in ("experiment", "debug") else ():
+            found |= dict(leaves(OmegaConf.load(Path(conf_dir()) / group / f"{choice}.yaml"), f"{group}."))
+    return found
+
+
+OPTIONS = options()
+LOCAL_MODELS = ("pico", "pico_outliers", "hf")
+GOOD = {group: choices for group, choices in GROUPS.items() if group not in ("model", "experiment")}
+
+choices = st.sampled_from(sorted(GOOD)).flatmap(lambda group: st.sampled_from([f"{group}={c}" for c in GOOD[group]]))
+good_options = st.sampled_from([f"{key}={value}" for key, value in sorted(OPTIONS.items())])
+any_value = st.one_of(
+    *[st.sampled_from(VALUES)] * 4, st.integers().map(str), st.floats().map(str), st.text(max_size=12).map(repr)
+)
+bad_options = st.builds("{}={}".format, st.sampled_from(sorted(OPTIONS)), any_value)
+nonsense = st.one_of(
+    st.builds("{}={}".format, st.sampled_from([*GROUPS, "hydra", "trainer", "runner", "runner.scheme"]), any_value),
+    st.builds("{}={}".format, st.sampled_from([*GROUPS, *OPTIONS]), st.sampled_from(NO_VALUES)),
+    st.builds(
+        lambda mark, key, cut, tail, value: f"{mark}{key[:cut] + key[cut + 1 :]}{tail}={value}",
+        st.sampled_from(("", "+", "++", "~", "+model.", "-", "--")),
+        st.sampled_from(sorted([*OPTIONS, *GROUPS])),
+        st.integers(0, 60),
+        st.sampled_from(("", "", ".x", ".", "@model", "@_global_", "[0]")),
+        any_value,
+    ),
+    st.text(max_size=20),
+)
+words = st.one_of(*[choices] * 3, *[good_options] * 2, *[bad_options] * 6, nonsense)
+command_lines = st.builds(
+    lambda found, again: [*found, *found[:again]],  # something given twice, now and then
+    st.lists(words, min_size=1, max_size=4),
+    st.sampled_from((0, 0, 0, 1)),
+)
+
+
+class Enough(SystemExit):
+    """The command line is good, and the work that it asks for too much for a test."""
+
+
+def prepare_only(runner: Runner, prepared: tuple) -> tuple:
+    """Hand on what `prepare` gave, unless running it would take longer than a test may."""
+    _, segments, plan, _ = prepared
+    solver, steps = runner.solver, runner.preprocess
+    candidates = [getattr(step, "grid", 0) for step in (steps, *getattr(steps, "steps", ()))]
+    work = solver.steps(len(segments)) * len(plan), getattr(solver, "num_steps", None) or 0
+    much = max(work) > MOST_STEPS or len(segments) > MOST_SEGMENTS or max(candidates) > MOST_CANDIDATES
+    if much or getattr(solver, "compile", False) is True or runner.evaluation.corpora():
+        raise Enough(0)
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def cbq(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Return what runs a command line in an empty folder: exit code, standard error, what is in the folder then."""
+    home = tmp_path_factory.mktemp("fuzz")
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Runner.prepare
+        patch.setattr(Runner, "prepare", lambda runner: prepare_only(runner, whole(runner)))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+        patch.setenv("HOME", str(home / "home"))
+
+        def run(capture: pytest.CaptureFixture, *words: str) -> tuple[int, str, list[Path]]:
+            shutil.rmtree(home / "cwd", ignore_errors=True)
+            (home / "cwd").mkdir()
+            patch.chdir(home / "cwd")
+            patch.setattr(sys, "argv", ["cbq", *words])
+            capture.readouterr()
+            with pytest.raises(SystemExit) as exit_info:
+                main()
+            return exit_info.value.code, capture.readouterr().err, sorted((home / "cwd").iterdir())
+
+        yield run
+
+
+def check(cbq: Callable, capsys: pytest.CaptureFixture, words: list[str]) -> None:
+    """Run a command line, which must end well or in one line."""
+    code, error, left = cbq(capsys, *words)
+    assert code in (0, 2), words
+    if code == 2:
+        assert error.startswith("cbq: "), words
+        assert len(error.splitlines()) == 1, words
+        assert not left, words
+
+
+def fuzz(max_examples: int) -> Callable:
+    """Let hypothesis draw so many command lines, the same ones every time."""
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+def quantize_words(model: Path, text: Path, drawn: list[str]) -> list[str]:
+    """Return a command line that quantizes a tiny model, and then what was drawn."""
+    return ["model=hf", f"model.path={model}", "calibration=text", f"calibration.path={text}", *BASE, *drawn]
+
+
+@pytest.mark.parametrize("number", [pytest.param(60), pytest.param(600, marks=pytest.mark.slow)])
+def test_any_options_end_well_or_in_one_line(cbq, capsys, tiny_llama_folder, number) -> None:
+    @fuzz(number)
+    @given(command_lines)
+    def run(drawn: list[str]) -> None:
+        check(cbq, capsys, quantize_words(tiny_llama_folder, drawn))
+
+    run()
