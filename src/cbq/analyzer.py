@@ -96,8 +96,8 @@ class Analyzer:
         start = time.perf_counter()
         loaded, segments = self.prepare()
         self.console.print(
-            f"{loaded.name}: {len(loaded.blocks)} blocks, {segments.shape[0]} segments of {segments.shape[1]} tokens of "
-            f"{self.calibration.corpus.name}, on {self.device}"
+            f"{loaded.name}: {len(loaded.blocks)} blocks, {segments.shape[0]} segments of {segments.shape[1]} tokens "
+            f"of {self.calibration.corpus.name}, on {self.device}"
         )
         results: dict[str, Any] = {
             "model": loaded.name,

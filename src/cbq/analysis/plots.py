@@ -120,7 +120,8 @@ def plot_sensitivity(found: Mapping[str, Any], suggestion: Mapping[str, Any], fo
     )
     for (block, column), width in np.ndenumerate(chosen):
         if np.isfinite(width):
-            axes[0, -1].text(column, block, f"{width:.0f}", ha="center", va="center", fontsize=9)
+            colour = "white" if width == max(map(int, widths)) else "black"
+            axes[0, -1].text(column, block, f"{width:.0f}", ha="center", va="center", fontsize=9, color=colour)
     axes[0, -1].set_title(f"suggested bits: {suggestion['effective_bits']:.3f} on average", fontsize=10)
     for axis in axes[0]:
         axis.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], rotation=60, ha="right")

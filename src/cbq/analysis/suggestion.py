@@ -56,8 +56,8 @@ class MixedBits:
         least = sum(min(cost.values()) for cost in self.costs(blocks, scheme).values())
         if budget < least:
             raise InputError(
-                f"scan.budget must be at least {least / weights:.4f}: {min(self.bits)} bits everywhere, with scales and "
-                f"zero points; got {budget / weights:.4f}"
+                f"scan.budget must be at least {least / weights:.4f}: {min(self.bits)} bits everywhere, with scales "
+                f"and zero points; got {budget / weights:.4f}"
             )
         return budget
 

@@ -18,15 +18,20 @@ def print_figure(console: Console, figure: Mapping[str, Any]) -> None:
         figure: of `analysis.json`.
     """
     first = figure["first_block"]
-    table = Table(title="How much is between things (0: nothing)", title_justify="left", box=box.SIMPLE)
+    console.print(
+        f"\nFigure 1: |H| off the diagonal, (a) of weights of {figure['linear']}, (b) of the scales of blocks; "
+        f"(c) the loss over the scales of blocks {first} and {first + 1}",
+        markup=False,
+    )
+    table = Table(box=box.SIMPLE)
     for column in (
         "bits",
-        f"weights of\n{figure['linear']}:\noff the diagonal",
-        "scales of blocks:\noff the diagonal",
-        "mean |H|\noff / on it",
-        f"scales of blocks {first}, {first + 1}:\ninteraction",
-        "best multipliers",
-        "loss at 1 / best",
+        "(a)",
+        "(b)",
+        "mean |H|\noff / on",
+        "(c) inter-\naction",
+        "(c) best at",
+        "loss at 1\n/ best",
     ):
         table.add_column(column, justify="right")
     for bits, found in figure["by_bits"].items():
@@ -53,9 +58,8 @@ def print_scan(console: Console, results: Mapping[str, Any]) -> None:
     found, suggestion, checked = results["sensitivity"], results["suggestion"], results["check"]
     widths = list(next(iter(found["blocks"].values())))
     worst = sorted(found["linears"].items(), key=lambda each: -each[1][widths[0]]["kl_divergence"])[:MOST_SENSITIVE]
-    table = Table(
-        title="Quantized alone: KL divergence from full precision, nats a token", title_justify="left", box=box.SIMPLE
-    )
+    console.print("Quantized alone: KL divergence from full precision, nats a token")
+    table = Table(box=box.SIMPLE)
     table.add_column("")
     for width in widths:
         table.add_column(f"{width} bits", justify="right")
@@ -64,7 +68,8 @@ def print_scan(console: Console, results: Mapping[str, Any]) -> None:
             table.add_row(name, *(f"{by_width[width]['kl_divergence']:.5f}" for width in widths))
         table.add_section()
     console.print(table)
-    table = Table(title="Round-to-nearest", title_justify="left", box=box.SIMPLE)
+    console.print("Round-to-nearest")
+    table = Table(box=box.SIMPLE)
     for column in ("", "effective bits", *(f"perplexity on {corpus}" for corpus in checked["uniform"]["perplexity"])):
         table.add_column(column, justify="right" if column else "left")
     names = {"full_precision": "full precision", "uniform": results["scheme"], "suggested": "suggested"}

@@ -110,7 +110,7 @@ def evaluate(config: DictConfig) -> None:
 
 
 def analyze(config: DictConfig) -> None:
-    """Measure what in a model depends on what, and which linears need more bits; the figures go into the job's folder."""
+    """Measure what depends on what in a model, and which linears need more bits; all goes into the job's folder."""
     check_keys(config, "analyze")
     job = HydraConfig.get()
     typed = [word for word in job.overrides.task if re.match(r"(model|quant)\.", word.lstrip("+"))]
