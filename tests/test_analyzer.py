@@ -65,7 +65,7 @@ def test_what_is_written(analysis):
 
 
 def test_the_suggestion_runs_as_it_is_printed(command, data, analysis, tmp_path):
-    """Round-to-nearest of the same text by the main program: the same bits and, but for rounding errors, the same loss."""
+    """Round-to-nearest of the same text by the main program: the same bits, and the same perplexity."""
     found = json.loads((analysis / "analysis.json").read_text())
     program, *words = shlex.split(found["suggestion"]["command"])
     assert program == "cbq"

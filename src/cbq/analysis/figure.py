@@ -51,9 +51,9 @@ class Figure1:
         rows: int = 6,
         columns: int = 6,
         first_block: int = 0,
-        points: int = 9,
+        points: int = 7,
         lowest: float = 0.6,
-        highest: float = 1.4,
+        highest: float = 1.2,
     ) -> None:
         check_bits("figure.bits", bits)
         check_text("figure.linear", linear, optional=True)
