@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cbq.analysis.dependence import interaction_share, mean_by_distance, mean_off_diagonal, off_diagonal_mass
+from cbq.analysis.dependence import (
+    interaction_share,
+    mean_by_distance,
+    mean_off_diagonal,
+    off_diagonal_mass,
+    same_row_mass,
+)
 
 SEEDS = st.integers(0, 10_000)
 
@@ -33,3 +39,9 @@ def test_a_sum_has_no_interaction_and_a_product_has_nothing_else(seed):
     assert interaction_share(first[:, None] * second[None] + 3) == pytest.approx(1)
     half = first[:, None] * second[None] / (first.norm() * second.norm()) + first[:, None] / first.norm() / 5**0.5
     assert interaction_share(half) == pytest.approx(0.5)
+
+
+def test_of_nothing_there_is_no_share():
+    """Weights whose input is never there have no curvature at all."""
+    nothing = torch.zeros(4, 4)
+    assert off_diagonal_mass(nothing) == interaction_share(nothing) == same_row_mass(nothing, 2) == 0

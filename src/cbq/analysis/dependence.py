@@ -16,7 +16,7 @@ def off_diagonal_mass(hessian: torch.Tensor) -> float:
         0.25
     """
     absolute = hessian.double().abs()
-    return float(1 - absolute.diagonal().sum() / absolute.sum())
+    return share(absolute.sum() - absolute.diagonal().sum(), absolute.sum())
 
 
 def mean_by_distance(hessian: torch.Tensor) -> list[float]:
@@ -55,7 +55,7 @@ def same_row_mass(hessian: torch.Tensor, num_columns: int) -> float:
     absolute = hessian.double().abs()
     absolute = absolute - absolute.diagonal().diag()
     row = torch.arange(len(hessian)) // num_columns
-    return float(absolute[row[:, None] == row].sum() / absolute.sum())
+    return share(absolute[row[:, None] == row].sum(), absolute.sum())
 
 
 def interaction_share(surface: torch.Tensor) -> float:
@@ -75,4 +75,14 @@ def interaction_share(surface: torch.Tensor) -> float:
     """
     centred = surface.double() - surface.double().mean()
     additive = centred.mean(0, keepdim=True) + centred.mean(1, keepdim=True)
-    return float((centred - additive).square().sum() / centred.square().sum())
+    return share((centred - additive).square().sum(), centred.square().sum())
+
+
+def share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    """Return a part of a whole, both (); of nothing there is none.
+
+    Example:
+        >>> share(torch.tensor(0.0), torch.tensor(0.0))
+        0.0
+    """
+    return float(part / whole) if whole else 0.0

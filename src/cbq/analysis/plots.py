@@ -32,7 +32,8 @@ def plot_figure(figure: Mapping[str, Any], folder: Path) -> list[str]:
     canvas, axes = plt.subplots(len(by_bits), 3, figsize=(14, 4.2 * len(by_bits)), squeeze=False, layout="constrained")
     norms = {}
     for part in ("weights", "scales"):
-        largest = max(np.abs(found[part]["hessian"]).max() for found in by_bits.values())
+        values = np.abs([found[part]["hessian"] for found in by_bits.values()])
+        largest = max(values[np.isfinite(values)].max(initial=0), np.finfo(np.float32).tiny)
         norms[part] = LogNorm(largest / 10**DECADES, largest, clip=True)
     first = figure["first_block"]
     for row, (bits, found) in zip(axes, by_bits.items(), strict=True):
@@ -50,7 +51,7 @@ def plot_figure(figure: Mapping[str, Any], folder: Path) -> list[str]:
         row[1].set(xlabel="block", ylabel="block")
         surface = np.array(found["surface"]["loss"]).T  # the first block along x
         multipliers = figure["multipliers"]
-        image = row[2].contourf(multipliers, multipliers, surface, levels=20, cmap="viridis")
+        image = row[2].contourf(multipliers, multipliers, np.ma.masked_invalid(surface), levels=20, cmap="viridis")
         canvas.colorbar(image, ax=row[2], label="loss, nats a token")
         best = found["surface"]["best"]
         row[2].plot(*best, marker="*", color="tab:red", markersize=14, linestyle="none", label="lowest")
@@ -124,7 +125,7 @@ def plot_sensitivity(found: Mapping[str, Any], suggestion: Mapping[str, Any], fo
             axes[0, -1].text(column, block, f"{width:.0f}", ha="center", va="center", fontsize=9, color=colour)
     axes[0, -1].set_title(f"suggested bits: {suggestion['effective_bits']:.3f} on average", fontsize=10)
     for axis in axes[0]:
-        axis.set_xticks(range(len(columns)), [name.rpartition(".")[2] for name in columns], rotation=60, ha="right")
+        axis.set_xticks(range(len(columns)), [name.split(".", 1)[-1] for name in columns], rotation=60, ha="right")
         axis.set_yticks(range(num_blocks) if num_blocks <= 16 else range(0, num_blocks, 4))
     axes[0, 0].set_ylabel("block")
     return save(canvas, folder / "sensitivity")
@@ -134,6 +135,8 @@ def save(canvas: Any, path: Path) -> list[str]:
     """Write a figure in every format, close it, and return the names of the files."""
     from matplotlib import pyplot as plt
 
+    canvas.get_layout_engine().execute(canvas)
+    canvas.set_layout_engine("none")  # once is enough: it takes longer than drawing
     names = [f"{path.name}.{kind}" for kind in FORMATS]
     for name in names:
         canvas.savefig(path.with_name(name), dpi=120)

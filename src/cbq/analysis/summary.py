@@ -31,7 +31,7 @@ def print_figure(console: Console, figure: Mapping[str, Any]) -> None:
         "mean |H|\noff / on",
         "(c) inter-\naction",
         "(c) best at",
-        "loss at 1\n/ best",
+        "loss at 1,\nat best",
     ):
         table.add_column(column, justify="right")
     for bits, found in figure["by_bits"].items():
@@ -43,7 +43,7 @@ def print_figure(console: Console, figure: Mapping[str, Any]) -> None:
             f"{scales['mean_off_diagonal']:.3g} / {scales['mean_diagonal']:.3g}",
             f"{surface['interaction_share']:.2%}",
             ", ".join(f"{multiplier:.2f}" for multiplier in surface["best"]),
-            f"{surface['loss_unchanged']:.3f} / {surface['loss_best']:.3f}",
+            f"{surface['loss_unchanged']:.2f}, {surface['loss_best']:.2f}",
         )
     console.print(table)
 
