@@ -43,7 +43,14 @@ def data(tmp_path_factory, tiny_llama_folder, tiny_text_file) -> list[str]:
 def analysis(command, data, tmp_path_factory) -> Path:
     """The folder of an analysis."""
     folder = tmp_path_factory.mktemp("analysis")
-    small = ["figure.rows=2", "figure.columns=2", "figure.points=3", "quant=w3a16", "quant.symmetric=true"]
+    small = [
+        "figure.rows=2",
+        "figure.columns=2",
+        "figure.points=3",
+        "scan.bits=[2,4]",
+        "quant=w3a16",
+        "quant.symmetric=true",
+    ]
     assert command("analyze", *data, *small, f"hydra.run.dir={folder}") == 0
     return folder
 
