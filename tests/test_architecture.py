@@ -16,8 +16,8 @@ ROWS = (
     {"quant", "models", "data", "streams", "devices"},
     {"activations", "quantized", "method", "placement"},
     {"preprocess", "reconstruction", "evaluation", "export"},
-    {"checkpoint", "state", "exporter", "tracking", "cost", "results", "run_folder", "report"},
-    {"runner", "evaluator", "api", "export_checkpoint", "generate"},
+    {"checkpoint", "state", "exporter", "tracking", "cost", "results", "run_folder", "report", "analysis"},
+    {"runner", "evaluator", "analyzer", "api", "export_checkpoint", "generate"},
     {"cli"},
     {"__main__"},
 )
@@ -30,7 +30,7 @@ FENCES = {
     "compressed_tensors": {"export"},
     "datasets": {"data"},
     "lm_eval": {"evaluation"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "analysis"},
     "pandas": {"report"},
     "huggingface_hub": {"hub"},
 }

@@ -1,5 +1,7 @@
 """What `cbq` can be told to do."""
 
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,6 +110,16 @@ def evaluate(config: DictConfig) -> None:
     instantiate(config.evaluator, folder=folder, settings=flatten(config)).run()
 
 
+def analyze(config: DictConfig) -> None:
+    """Measure what depends on what in a model, and which linears need more bits; all goes into the job's folder."""
+    check_keys(config, "analyze")
+    job = HydraConfig.get()
+    typed = [word for word in job.overrides.task if re.match(r"(model|quant)\.", word.lstrip("+"))]
+    command = shlex.join(["cbq", *(f"{group}={job.runtime.choices[group]}" for group in ("model", "quant")), *typed])
+    folder = Path(job.runtime.output_dir)
+    instantiate(config.analyzer, folder=folder, settings=flatten(config), command=command).run()
+
+
 def report(config: DictConfig) -> None:
     """Write the report of a sweep's folder."""
     experiments = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
@@ -139,6 +151,7 @@ def generate(config: DictConfig) -> None:
 COMMANDS = {
     "quantize": Command("config", quantize, fills_folder=True),
     "evaluate": Command("evaluate", evaluate, argument="checkpoint", fills_folder=True),
+    "analyze": Command("analyze", analyze, fills_folder=True),
     "export": Command("export", export, argument="checkpoint"),
     "generate": Command("generate", generate, argument="checkpoint", texts=("prompt",)),
     "reproduce": Command("reproduce", reproduce, argument="folder"),

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cbq.errors import InputError, one_line
 
-NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "save_state", "hydra"}
-NOT_OPTIONS = {"runner", "evaluator", "command", "defaults", "hydra"}
+NOT_SETTINGS = {"runner", "evaluator", "analyzer", "tracking", "overwrite", "save_state", "hydra"}
+NOT_OPTIONS = {"runner", "evaluator", "analyzer", "command", "defaults", "hydra"}
 
 
 def conf_dir() -> str:

@@ -35,6 +35,7 @@ Commands:
   quantize    quantize a model, evaluate it, save it
               (cbq quantize --help lists the option groups, cbq quantize --cfg job every option)
   evaluate    measure without quantizing: cbq evaluate checkpoint=<folder> [model=<name> to compare with]
+  analyze     the paper's Figure 1 of a model, and which linears need more bits: cbq analyze quant=w3a16
   export      write a checkpoint for an engine: cbq export outputs/<date>/<time> export=compressed_tensors
   generate    continue a text: cbq generate outputs/<date>/<time> prompt="..." [compare=true]
   reproduce   run a finished run again, and compare: cbq reproduce <run folder>

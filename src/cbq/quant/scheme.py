@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from cbq.errors import InputError, check_flag
 
 FULL_PRECISION_BITS = 16
+SCALE_BITS = 16  # what engines store a scale in
 ACT_GRANULARITIES = ("token", "tensor")
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "weight")
 MODEL_WIDE = ("qkv_bits", "overrides")  # what is not said of a single linear
@@ -148,6 +149,19 @@ class QuantScheme:
         return cls(
             int(weight_bits), int(act_bits), int(group_size or -1), qkv_bits=int(qkv_bits or FULL_PRECISION_BITS)
         )
+
+    def stored_bits(self, out_features: int, in_features: int) -> int:
+        """Return what a linear takes: its integers, 16-bit scales, and zero points where they vary; no overrides.
+
+        Example:
+            >>> QuantScheme(weight_bits=2, act_bits=16).stored_bits(out_features=10, in_features=100)
+            2180
+        """
+        bits = out_features * in_features * self.weight_bits
+        if not self.quantizes_weights:
+            return bits
+        groups = out_features * (1 if self.group_size == -1 else in_features // self.group_size)
+        return bits + groups * (SCALE_BITS + (0 if self.symmetric else self.weight_bits))
 
     @property
     def label(self) -> str:
