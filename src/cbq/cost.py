@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from cbq.devices import GIB
 
 
 def peak_host_memory_gib() -> float:

@@ -2,7 +2,11 @@
 
 import os
 
+import psutil
 import torch
+
+GIB = 2**30
+PROCESS = psutil.Process()
 
 
 def num_cores() -> int:
@@ -16,3 +20,15 @@ def visible_gpus() -> list[str]:
     if named is None:
         return [str(index) for index in range(torch.cuda.device_count())]
     return [name for name in named.split(",") if name]
+
+
+def memory_now_gib(device: torch.device) -> dict[str, float]:
+    """Return what this process holds now, in GiB: `memory/host`, and `memory/device` on a GPU, which is not waited for.
+
+    Args:
+        device: that it computes on.
+    """
+    found = {"memory/host": PROCESS.memory_info().rss / GIB}
+    if device.type == "cuda":
+        found["memory/device"] = torch.cuda.memory_allocated(device) / GIB
+    return found

@@ -30,7 +30,6 @@ from cbq.quant.linear import fused_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
-from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
@@ -41,7 +40,7 @@ from cbq.report.summary import print_summary
 from cbq.results import environment, failure, write_results
 from cbq.run_folder import RunFolder
 from cbq.streams.places import Place, StreamPlacement
-from cbq.tracking import Tracker
+from cbq.tracking import RunRecorder, Tracker, agreement_rows
 
 SCALE_BITS = 16  # what engines store a scale in
 FEW_TOKENS = 0.1  # of an expert's even share
@@ -131,6 +130,7 @@ class Runner:
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
             rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", baseline=True)
+            nearest = evaluation.agreement(loaded, references) if evaluation.baselines else {}
         self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
@@ -138,7 +138,9 @@ class Runner:
         quantized = self.score(evaluation.score, loaded, self.scheme.label)
         agreement = evaluation.agreement(loaded, references)
         texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
-        self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
+        self.finish(
+            loaded.model, evaluation.results(full_precision, rtn, quantized, agreement, nearest), windows, segments
+        )
         self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
@@ -226,8 +228,14 @@ class Runner:
         """Solve every window, shown and recorded; the blocks end fused."""
         with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
             progress.start(len(plan), [self.solver.steps(len(segments))] * len(plan))
-            callbacks = [WindowCurves(self.tracker.log), progress, *([self.profile] if self.profile else [])]
-            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, progress.finish_window, place)
+            recorder = RunRecorder(self.tracker, plan, blocks)
+            callbacks = [recorder.curves, progress, *([self.profile] if self.profile else [])]
+
+            def finish_window(result: WindowResult) -> None:
+                recorder.finish_window(result)
+                progress.finish_window(result)
+
+            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, finish_window, place)
 
     def finish(
         self, model: nn.Module, measured: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor
@@ -247,7 +255,10 @@ class Runner:
                 "calibration_tokens": segments.numel(),
             },
         }
-        self.tracker.finish(summary_figures(measured) | {"effective_bits": self.results["effective_bits"]})
+        self.tracker.log_blocks(agreement_rows(measured["agreement"]))
+        self.tracker.table("windows", self.results["windows"])
+        shown = {key: self.results[key] for key in (*measured, "effective_bits", "cost")}
+        self.tracker.finish(summary_figures(shown))
         write_results(self.folder.path, self.results)
 
     def publish(self, loaded: LoadedModel) -> None:

@@ -75,6 +75,8 @@ def quantize(config: DictConfig) -> None:
     if folder.is_finished():
         print(f"already finished: {folder.path} (overwrite=true starts anew)")
         return
+    if HydraConfig.get().mode is RunMode.MULTIRUN and "group" in config.tracking and config.tracking.group is None:
+        config.tracking.group = sweep_name(HydraConfig.get().sweep.dir)
     choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
     settings = {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
     runner = None
@@ -93,6 +95,17 @@ def quantize(config: DictConfig) -> None:
                 folder.start()
                 write_results(folder.path, results)
             raise
+
+
+def sweep_name(folder: str) -> str:
+    """Return what W&B calls the group of a sweep's runs: its folder, without hydra's own in front of it.
+
+    Example:
+        >>> sweep_name("multirun/table3c"), sweep_name("multirun/2024-01-01/12-00-00"), sweep_name("/data/sweeps/mine")
+        ('table3c', '2024-01-01/12-00-00', 'mine')
+    """
+    path = Path(folder)
+    return str(path.relative_to("multirun")) if path.is_relative_to("multirun") else path.name
 
 
 def failed_results(config: DictConfig, settings: dict, error: BaseException) -> dict:
