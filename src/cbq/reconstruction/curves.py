@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import lightning as L
 import torch
-from torch import nn
 
 from cbq.devices import memory_now_gib
 from cbq.quant.linear import quant_linears
@@ -52,7 +51,7 @@ class WindowCurves(L.Callback):
         rates = zip(module.groups, optimizer.param_groups, strict=True)
         row = {"cbq_step": self.step, "window": self.window} | {f"lr/{name}": group["lr"] for name, group in rates}
         self.rows.append(row if module.beta is None else row | {"beta": module.beta})
-        self.values.append({f"gradient_norm/{name}": norm(group["params"]) for name, group in module.groups.items()})
+        self.values.append({f"gradient_norm/{name}": norm for name, norm in module.gradient_norms.items()})
         self.step += 1
 
     def on_train_batch_end(
@@ -72,11 +71,6 @@ class WindowCurves(L.Callback):
             row.update(values)
         self.record(self.rows)
         self.rows, self.values = [], []
-
-
-def norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """Return the 2-norm of the gradients of all of `parameters` together, ()."""
-    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
 @torch.no_grad()
