@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cbq
 from cbq.cli import conf_dir, flatten
 from cbq.models.loading import embedded_folder
-from cbq.quant.linear import QuantLinear, fuse
+from cbq.quant.linear import QuantLinear, effective_bits, fuse
 from cbq.quant.scheme import QuantScheme
 from cbq.results import SCHEMA_PATH
 from cbq.run_folder import RunFolder
-from cbq.runner import effective_bits
 from cbq.tracking.csv_files import read_rows
 
 SMALL = ["tracking.mode=disabled", "calibration.num_segments=4", "calibration.segment_tokens=64"]

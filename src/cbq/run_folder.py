@@ -21,6 +21,8 @@ OUTPUTS = (
     "metrics.csv",
     "blocks.csv",
     "tensorboard",
+    "report",
+    "report.html",
     "checkpoint",
     "export",
     "wandb",
@@ -29,7 +31,7 @@ OUTPUTS = (
     "profile.txt",
 )
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "tracking", "activations", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "tracking", "report", "activations", "runner")
 
 
 class RunFolder:

@@ -26,7 +26,7 @@ from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
-from cbq.quant.linear import fused_linears
+from cbq.quant.linear import effective_bits
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
@@ -35,6 +35,7 @@ from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.progress import WindowProgress
+from cbq.report.run_report import NoReport
 from cbq.report.scores import print_scores, summary_figures
 from cbq.report.summary import print_summary
 from cbq.results import environment, failure, write_results
@@ -42,7 +43,6 @@ from cbq.run_folder import RunFolder
 from cbq.streams.places import Place, StreamPlacement
 from cbq.tracking import RunRecorder, Tracker, agreement_rows
 
-SCALE_BITS = 16  # what engines store a scale in
 FEW_TOKENS = 0.1  # of an expert's even share
 
 
@@ -59,6 +59,7 @@ class Runner:
         evaluation: what is measured of the model, before and after.
         activations: where the hidden states between blocks are kept.
         tracker: where curves go.
+        report: the page that shows the run.
         profile: makes what traces some steps, from the folder to write to.
         target: which engine it is for.
         export: what is written for engines at the end.
@@ -82,6 +83,7 @@ class Runner:
         evaluation: Evaluation,
         activations: StreamPlacement,
         tracker: Tracker,
+        report: NoReport,
         profile: Callable[[Path], L.Callback] | None,
         target: NoTarget | Target,
         export: Export | NoExport,
@@ -104,6 +106,7 @@ class Runner:
         self.evaluation = evaluation
         self.activations = activations
         self.tracker = tracker
+        self.report = report
         self.profile = profile and profile(folder.path)
         self.target = target
         self.export = export
@@ -131,7 +134,8 @@ class Runner:
         with quant_state(loaded.model, QuantState.NEAREST):
             rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", baseline=True)
             nearest = evaluation.agreement(loaded, references) if evaluation.baselines else {}
-        self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
+        with self.report.preprocessing(loaded.model, loaded.blocks, segments, self.preprocess):
+            self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
@@ -141,6 +145,7 @@ class Runner:
         self.finish(
             loaded.model, evaluation.results(full_precision, rtn, quantized, agreement, nearest), windows, segments
         )
+        self.report.finish(texts)
         self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
@@ -175,6 +180,7 @@ class Runner:
             "environment": environment(str(self.device)),
         }
         self.folder.start()
+        self.report.begin(self.folder.path, self.console)
         write_results(self.folder.path, self.results)
         tags = [self.scheme.label, self.method.name, loaded.name]
         self.tracker.start(
@@ -232,7 +238,9 @@ class Runner:
             callbacks = [recorder.curves, progress, *([self.profile] if self.profile else [])]
 
             def finish_window(result: WindowResult) -> None:
+                window = plan[recorder.window]
                 recorder.finish_window(result)
+                self.report.finish_blocks(blocks, range(window.start, window.finished))
                 progress.finish_window(result)
 
             return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, finish_window, place)
@@ -275,18 +283,6 @@ class Runner:
         elif self.results:
             self.tracker.failed()
             write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
-
-
-def effective_bits(model: nn.Module) -> float:
-    """Return the bits stored a weight of the blocks' linears: integers, 16-bit scales, zero points where they vary."""
-    bits, weights = 0, 0
-    for _, linear in fused_linears(model):
-        weights += linear.weight.numel()
-        bits += linear.weight.numel() * linear.scheme.weight_bits
-        if linear.integers is not None:
-            zero_point_bits = 0 if linear.scheme.symmetric else linear.scheme.weight_bits
-            bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
-    return bits / weights
 
 
 def changes(wanted: QuantScheme, found: QuantScheme) -> dict:

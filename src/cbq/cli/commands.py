@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from cbq.checkpoint import find_checkpoint
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten
 from cbq.models.loading import results_name
-from cbq.report.command import SweepReport
+from cbq.report.command import report_folder
 from cbq.results import environment, failure, write_results
 from cbq.run_folder import CONFIG_NAME, RunFolder
 
@@ -131,9 +131,9 @@ def evaluate(config: DictConfig) -> None:
 
 
 def report(config: DictConfig) -> None:
-    """Write the report of a sweep's folder."""
+    """Write the report of a run's or a sweep's folder."""
     experiments = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
-    SweepReport(config.folder, experiments).run()
+    report_folder(config.folder, experiments)
 
 
 def export(config: DictConfig) -> None:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cbq.errors import InputError
 
-NOT_SETTINGS = {"runner", "evaluator", "tracking", "overwrite", "hydra"}
+NOT_SETTINGS = {"runner", "evaluator", "tracking", "report", "overwrite", "hydra"}
 NOT_OPTIONS = {"runner", "evaluator", "command", "defaults", "hydra"}
 
 
@@ -63,7 +63,7 @@ def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
         used |= found
         unread += found
     for group in groups:
-        if OmegaConf.is_config(config.get(group)) and group not in used | NOT_OPTIONS | {"debug", "tracking"}:
+        if OmegaConf.is_config(config.get(group)) and group not in used | NOT_OPTIONS | {"debug", "tracking", "report"}:
             raise InputError(f"{group} means nothing with method={config.method.name}: leave it out")
 
 

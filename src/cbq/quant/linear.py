@@ -14,6 +14,8 @@ from cbq.quant.rounding import Nearest, Rounding
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import Quantized, QuantState, quantized_modules
 
+SCALE_BITS = 16  # what engines store a scale in
+
 
 def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
     """Return the activation quantizer of a linear of `scheme`."""
@@ -198,3 +200,15 @@ def quant_linears(modules: nn.Module | list[nn.Module]) -> list[QuantLinear]:
 def fused_linears(model: nn.Module) -> list[tuple[str, FusedLinear]]:
     """Return every fused linear of a model with its qualified name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FusedLinear)]
+
+
+def effective_bits(model: nn.Module) -> float:
+    """Return the bits stored a weight of the blocks' linears: integers, 16-bit scales, zero points where they vary."""
+    bits, weights = 0, 0
+    for _, linear in fused_linears(model):
+        weights += linear.weight.numel()
+        bits += linear.weight.numel() * linear.scheme.weight_bits
+        if linear.integers is not None:
+            zero_point_bits = 0 if linear.scheme.symmetric else linear.scheme.weight_bits
+            bits += linear.weight_scale.numel() * (SCALE_BITS + zero_point_bits)
+    return bits / weights
