@@ -29,7 +29,8 @@ from cbq.quant.kernels import Compiled, choose_kernels, run_by
 from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState
-from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding, WindowCurves
+from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
+from cbq.reconstruction.curves import WindowCurves
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.module import LearningRates, WindowModule
 from cbq.reconstruction.solver import Reconstruction

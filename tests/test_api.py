@@ -17,7 +17,7 @@ from cbq.preprocess.cfp import CoarseToFine
 from cbq.quant.linear import FusedLinear, quantize_linears_
 from cbq.quant.rounding import DenseSTE
 from cbq.quant.scheme import QuantScheme
-from cbq.reconstruction.callbacks import WindowCurves
+from cbq.reconstruction.curves import WindowCurves
 from cbq.run_folder import RunFolder
 from cbq.streams.places import StreamPlacement
 

@@ -20,6 +20,7 @@ from cbq.quant.linear import QuantLinear, effective_bits, fuse
 from cbq.quant.scheme import QuantScheme
 from cbq.results import SCHEMA_PATH
 from cbq.run_folder import RunFolder
+from cbq.tracking.csv_files import read_rows
 
 SMALL = ["tracking.mode=disabled", "calibration.num_segments=4", "calibration.segment_tokens=64"]
 
@@ -31,6 +32,16 @@ def run(folder: Path, *overrides: str) -> dict:
     runner = instantiate(config.runner, folder=RunFolder(folder, config), settings=flatten(config))
     runner.run()
     return json.loads((folder / "results.json").read_text())
+
+
+def curves(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of `metrics.csv` without what no two runs have in common."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {key: cell for key, cell in row.items() if key.split("/")[0] not in ("time", "memory") and "seconds" not in key}
+        for row in rows
+    ]
 
 
 def direct_perplexity(model: torch.nn.Module, tokenizer, text: str, segment_tokens: int) -> float:
@@ -84,6 +95,8 @@ def test_results_follow_the_schema(finished):
     assert 0.5 < agreement["top1"] < 1
     assert len(agreement["block_snr_db"]) == 8
     assert agreement["num_tokens"] == 256
+    assert agreement["kl_divergence"] < agreement["rtn"]["kl_divergence"]
+    assert agreement["block_snr_db"][-1] > agreement["rtn"]["block_snr_db"][-1]
     assert results["cost"]["calibration_tokens"] == 4 * 64
 
 
@@ -96,6 +109,46 @@ def test_curves_hold_every_step(finished):
         total = float(row["loss/rec"]) + float(row["loss/com"])
         assert math.isclose(total, float(row["loss/total"]), rel_tol=1e-5)
         assert math.isclose(float(row["loss/l2"]) + float(row["loss/kld"]), float(row["loss/rec"]), rel_tol=1e-5)
+
+
+def test_curves_hold_losses_rates_gradients_rounding_and_costs(finished):
+    """12 steps a window: its last row has what is not looked at in every step."""
+    results = json.loads((finished / "results.json").read_text())
+    rows = read_rows(finished / "metrics.csv")
+    groups = ("weight_scale", "act_scale", "rounding")
+    every_step = {"loss/l2", "loss/kld", "loss/rec", "loss/com", "loss/total", "memory/host", "time/step_seconds"}
+    every_step |= {f"{kind}/{group}" for kind in ("lr", "gradient_norm") for group in groups}
+    at_the_end = {"rounding/hard", "rounding/changed", "drift/weight_scale", "drift/act_scale"}
+    at_the_end |= {f"window/{name}" for name in ("loss_first", "loss_last", "loss_rtn", "changed_integers", "seconds")}
+    for row in rows:
+        last = row["cbq_step"] % 12 == 11
+        assert set(row) - {"beta"} == every_step | {"cbq_step", "window"} | (at_the_end if last else set())
+        assert all(row[name] > 0 for name in every_step if name.startswith(("gradient_norm", "memory", "time")))
+    for row, window in zip(rows[11::12], results["windows"], strict=True):
+        assert row["window/loss_last"] == window["rec_loss_last"]
+        assert row["rounding/hard"] == 1
+        # Before and after the last step.
+        assert row["rounding/changed"] == pytest.approx(window["changed_integers"], abs=0.01)
+        assert 0 < row["drift/weight_scale"] < 0.02
+
+
+def test_blocks_hold_what_rounding_did_to_each_linear(finished):
+    """Against the checkpoint's integers: the errors of the fused weights, in the order of the blocks."""
+    before = AutoModelForCausalLM.from_pretrained(embedded_folder("pico"), dtype=torch.float32)
+    after = AutoModelForCausalLM.from_pretrained(finished / "checkpoint", dtype=torch.float32)
+    rows = read_rows(finished / "blocks.csv")
+    errors, snr = rows[:8], rows[8:]
+    assert [row["block"] for row in errors] == [row["block"] for row in snr] == list(range(8))
+    assert [row["cbq_step"] for row in errors] == [11, 23, 35, 47, 59, 71, 83, 83]
+    for row, old, new in zip(errors, before.model.layers, after.model.layers, strict=True):
+        for name, linear in old.named_modules():
+            if isinstance(linear, torch.nn.Linear):
+                change = (new.get_submodule(name).weight - linear.weight).square().sum() / linear.weight.square().sum()
+                assert row[f"error/{name}"] == pytest.approx(change.item(), rel=1e-3)
+                assert 0 < row[f"changed/{name}"] < 1
+    agreement = json.loads((finished / "results.json").read_text())["agreement"]["text"]
+    assert [row["snr_db/text/quantized"] for row in snr] == agreement["block_snr_db"]
+    assert [row["snr_db/text/rtn"] for row in snr] == agreement["rtn"]["block_snr_db"]
 
 
 def test_debug_profile_leaves_a_trace(finished):
@@ -152,9 +205,9 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, *options, f"seed={seed}")
     weights = {name: (tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in "abc"}
-    curves = {name: (tmp_path / name / "metrics.csv").read_text() for name in "abc"}
+    found = {name: curves(tmp_path / name) for name in "abc"}
     assert weights["a"] == weights["b"] != weights["c"]
-    assert curves["a"] == curves["b"] != curves["c"]
+    assert found["a"] == found["b"] != found["c"]
 
 
 def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny_text_file):
@@ -169,6 +222,7 @@ def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny
         folder = tmp_path / cache
         results = run(folder, *options, f"activations.cache={cache}", f"activations.folder={tmp_path / 'files'}")
         assert sorted(path.name for path in folder.iterdir()) == [
+            "blocks.csv",
             "checkpoint",
             "config.yaml",
             "metrics.csv",
@@ -176,7 +230,7 @@ def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny
         ]
         windows = [{key: value for key, value in w.items() if "time" not in key} for w in results["windows"]]
         weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
-        found[cache] = (weights, (folder / "metrics.csv").read_text(), windows)
+        found[cache] = (weights, curves(folder), (folder / "blocks.csv").read_text(), windows)
     assert list((tmp_path / "files").iterdir()) == []
     assert found["device"] == found["host"] == found["disk"]
 

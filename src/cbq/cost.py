@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-GIB = 2**30
+from cbq.devices import GIB
 
 
 def peak_host_memory_gib() -> float:

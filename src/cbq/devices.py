@@ -4,7 +4,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
+
+GIB = 2**30
+PROCESS = psutil.Process()
 
 
 def num_cores() -> int:
@@ -35,3 +39,15 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def memory_now_gib(device: torch.device) -> dict[str, float]:
+    """Return what this process holds now, in GiB: `memory/host`, and `memory/device` on a GPU, which is not waited for.
+
+    Args:
+        device: that it computes on.
+    """
+    found = {"memory/host": PROCESS.memory_info().rss / GIB}
+    if device.type == "cuda":
+        found["memory/device"] = torch.cuda.memory_allocated(device) / GIB
+    return found

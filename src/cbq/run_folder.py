@@ -21,11 +21,12 @@ ERROR_NAME = "error.txt"
 LOG_NAME = "run.log"
 STATE_NAME = "state"
 # What a run that goes on keeps; it is made anew otherwise.
-KEPT_BY_RESUME = ("metrics.csv", "blocks.csv", "wandb", "tensorboard", STATE_NAME, LOG_NAME)
+KEPT_BY_RESUME = ("metrics.csv", "blocks.csv", "wandb", "tensorboard", "report", STATE_NAME, LOG_NAME)
 OUTPUTS = (
     RESULTS_NAME,
     CONFIG_NAME,
     *KEPT_BY_RESUME,
+    "report.html",
     "checkpoint",
     "export",
     "trace.json",
@@ -33,7 +34,7 @@ OUTPUTS = (
     ERROR_NAME,
 )
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "save_state", "tracking", "activations", "offload", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "save_state", "tracking", "report", "activations", "offload", "runner")
 MANY = 3  # differences are not all named
 
 

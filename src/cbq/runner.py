@@ -32,7 +32,6 @@ from cbq.quant.linear import effective_bits
 from cbq.quant.scheme import QuantScheme, changes
 from cbq.quant.state import QuantState, quant_state
 from cbq.quantized import make_quantizable_
-from cbq.reconstruction.callbacks import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
@@ -40,13 +39,14 @@ from cbq.reconstruction.windows import SlidingWindows, Window
 from cbq.report.experts import lines_on_few_tokens
 from cbq.report.log import LoggedConsole, logged_to
 from cbq.report.progress import WindowProgress
+from cbq.report.run_report import NoReport
 from cbq.report.scores import print_scores, summary_figures
 from cbq.report.summary import print_summary
 from cbq.results import environment, failure, versions, write_results
 from cbq.run_folder import LOG_NAME, RunFolder
 from cbq.state.run_state import NO_STATE, RunState
 from cbq.streams.places import Place, StreamPlacement
-from cbq.tracking import Tracker
+from cbq.tracking import RunRecorder, Tracker, agreement_rows
 
 
 class Runner:
@@ -63,6 +63,7 @@ class Runner:
         activations: where the hidden states between blocks are kept.
         offload: keep the blocks in host memory while they do not compute: true, false, or auto (see `place_`).
         tracker: where curves go.
+        report: the page that shows the run.
         profile: makes what traces some steps, from the folder to write to.
         target: which engine it is for.
         export: what is written for engines at the end.
@@ -89,6 +90,7 @@ class Runner:
         activations: StreamPlacement,
         offload: bool | str,
         tracker: Tracker,
+        report: NoReport,
         profile: Callable[[Path], L.Callback] | None,
         target: NoTarget | Target,
         export: Export | NoExport,
@@ -117,6 +119,7 @@ class Runner:
         self.activations = activations
         self.offload = offload
         self.tracker = tracker
+        self.report = report
         self.profile = profile and profile(folder.path)
         self.target = target
         self.export = export
@@ -129,11 +132,11 @@ class Runner:
         self.console = LoggedConsole(highlight=False)
         self.track = partial(track, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.stopwatch = Stopwatch()
-        self.curves = WindowCurves(tracker.log)
+        self.recorder = RunRecorder(tracker)
         self.state = NO_STATE
         if save_state:
             self.state = RunState(
-                folder.state_path, solver, self.console.say, {"stopwatch": self.stopwatch, "curves": self.curves}
+                folder.state_path, solver, self.console.say, {"stopwatch": self.stopwatch, "curves": self.recorder}
             )
         self.results: dict = {}
 
@@ -143,31 +146,32 @@ class Runner:
             return self.run_all()
 
     def run_all(self) -> dict:
-        """Do what `run` says, step by step."""
         L.seed_everything(self.seed, verbose=False)
         reset_peak_device_memory(self.device)
         loaded, segments, plan, place = self.prepare()
-        evaluation = self.evaluation
+        evaluation, state = self.evaluation, self.state
         full_precision = self.score(evaluation.score, loaded, "full precision", evaluation.recall, baseline=True)
         references = evaluation.remember(loaded)
         texts = {} if self.offload else {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
         with quant_state(loaded.model, QuantState.NEAREST):
-            rtn = self.score(
-                evaluation.score_texts, loaded, "round-to-nearest", self.state.recall("rtn"), baseline=True
-            )
-        if not self.state.found:
-            self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
+            rtn = self.score(evaluation.score_texts, loaded, "round-to-nearest", state.recall("rtn"), baseline=True)
+            nearest = evaluation.agreement(loaded, references) if evaluation.baselines else {}
+        if not state.found:
+            with self.report.preprocessing(loaded.model, loaded.blocks, segments, self.preprocess):
+                self.preprocess.apply_(loaded.model, loaded.blocks, segments, place)
             set_act_ranges_(loaded.model, loaded.blocks, segments, place)
-            self.state.begin(loaded.blocks)
+            state.begin(loaded.blocks)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
-        quantized = self.score(evaluation.score, loaded, self.scheme.label, self.state.recall("quantized"))
+        quantized = self.score(evaluation.score, loaded, self.scheme.label, state.recall("quantized"))
         agreement = evaluation.agreement(loaded, references)
         if not self.offload:  # every token would bring every block to the device
             texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
-        self.finish(loaded.model, evaluation.results(full_precision, rtn, quantized, agreement), windows, segments)
+        measured = evaluation.results(full_precision, rtn, quantized, agreement, nearest)
+        self.finish(loaded.model, measured, windows, segments)
+        self.report.finish(texts)
         self.publish(loaded)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
@@ -208,13 +212,14 @@ class Runner:
         }
         self.folder.start(self.results)
         self.while_running.enter_context(logged_to(self.folder.path / LOG_NAME))
+        self.report.begin(self.folder.path, self.console)
         self.console.say(
             f"{loaded.name}: {len(loaded.blocks)} blocks to {self.scheme.label} in {len(plan)} windows, "
             f"{segments.shape[0]} segments of {segments.shape[1]} tokens, on {self.device}, "
             f"activations on {place.name}{', blocks in host memory until they compute' if self.offload else ''}"
         )
         title = [loaded.name, self.scheme.label, self.method.name]
-        self.tracker.start(self.folder.path, " ".join(title), self.settings, title, self.curves.step)
+        self.tracker.start(self.folder.path, " ".join(title), self.settings, title, self.recorder.step)
         constraints = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
         for line in (*notes, *([f"for target={self.target.name}: {constraints}"] if constraints else [])):
             self.console.say(line)
@@ -222,8 +227,7 @@ class Runner:
 
     def count_expert_tokens(self, loaded: LoadedModel, segments: torch.Tensor, place: Place) -> None:
         """Record how many calibration tokens each expert is sent, if the model has any; say which learn from few."""
-        counts = expert_tokens(loaded.model, loaded.blocks, segments, place)
-        if counts:
+        if counts := expert_tokens(loaded.model, loaded.blocks, segments, place):
             self.results["expert_tokens"] = counts
         for line in lines_on_few_tokens(counts, segments.numel()):
             self.console.say(line)
@@ -250,10 +254,16 @@ class Runner:
         """Solve every window, shown and recorded; the blocks end fused."""
         with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
             steps = [self.solver.steps(len(segments))] * len(plan)
-            progress.start(len(plan), steps, len(self.state.facts.get("windows", [])))
-            callbacks = [self.curves, progress, *([self.profile] if self.profile else [])]
-            on_window = progress.finish_window
-            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, on_window, place, self.state)
+            progress.start(len(plan), steps, self.recorder.window)
+            self.recorder.begin(plan, blocks)
+            callbacks = [self.recorder.curves, progress, *([self.profile] if self.profile else [])]
+
+            def finish_window(result: WindowResult) -> None:
+                window = self.recorder.finish_window(result)
+                self.report.finish_blocks(blocks, range(window.start, window.finished))
+                progress.finish_window(result)
+
+            return reconstruct_(model, blocks, segments, plan, self.solver, callbacks, finish_window, place, self.state)
 
     def finish(
         self, model: nn.Module, measured: dict[str, dict], windows: list[WindowResult], segments: torch.Tensor
@@ -266,7 +276,10 @@ class Runner:
             "effective_bits": effective_bits(model),
             "cost": self.stopwatch.cost() | peak_memory(self.device) | {"calibration_tokens": segments.numel()},
         }
-        self.tracker.finish(summary_figures(measured) | {"effective_bits": self.results["effective_bits"]})
+        self.tracker.log_blocks(agreement_rows(measured["agreement"]))
+        self.tracker.table("windows", self.results["windows"])
+        shown = {key: self.results[key] for key in (*measured, "effective_bits", "cost")}
+        self.tracker.finish(summary_figures(shown))
         write_results(self.folder.path, self.results)
         self.state.discard()
 

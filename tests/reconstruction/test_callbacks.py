@@ -9,7 +9,8 @@ import torch
 from cbq.errors import InputError
 from cbq.quant.rounding import AdaRound, Nearest
 from cbq.quant.scheme import QuantScheme
-from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding, WindowCurves
+from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
+from cbq.reconstruction.curves import WindowCurves
 from cbq.reconstruction.module import WindowModule
 from cbq.reconstruction.windows import SlidingWindows
 
@@ -113,10 +114,13 @@ def test_curves_have_every_name_on_one_axis(recorded):
     rows = [row for window in recorded for row in window]
     assert [row["cbq_step"] for row in rows] == list(range(24))
     assert [row["window"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
-    names = {"loss/l2", "loss/kld", "loss/rec", "loss/com", "loss/total", "lr/weight_scale", "lr/act_scale"}
+    groups = ("weight_scale", "act_scale", "rounding")
+    names = {"lr/rounding", "memory/host", "time/step_seconds", *(f"gradient_norm/{group}" for group in groups)}
+    names |= {"loss/l2", "loss/kld", "loss/rec", "loss/com", "loss/total", "lr/weight_scale", "lr/act_scale"}
     for window in recorded:
         for i, row in enumerate(window):
-            assert set(row) == {"cbq_step", "window", "lr/rounding", *names, *(["beta"] if i >= 2 else [])}
+            late = {"rounding/hard", "rounding/changed", "drift/weight_scale", "drift/act_scale"} if i == 7 else set()
+            assert set(row) == {"cbq_step", "window", *names, *late, *(["beta"] if i >= 2 else [])}
             assert all(isinstance(value, int | float) for value in row.values())
 
 

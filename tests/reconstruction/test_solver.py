@@ -13,7 +13,7 @@ from cbq.quant.linear import FusedLinear, quant_linears
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, LoRASTE, Nearest
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
-from cbq.reconstruction.callbacks import WindowCurves
+from cbq.reconstruction.curves import WindowCurves
 from cbq.reconstruction.loop import reconstruct_
 from cbq.reconstruction.windows import SlidingWindows
 from cbq.streams.kinds import Stream

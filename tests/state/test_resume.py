@@ -101,7 +101,8 @@ def check_resumed(tmp_path: Path, config: dict, commits: int) -> None:
     for name in ("metrics.csv", "blocks.csv"):
         files = [folder / name for folder in (tmp_path / "whole", tmp_path / "parts")]
         texts = [path.read_text() if path.exists() else None for path in files]
-        times = [header.startswith("time") for header in (texts[0] or "").partition("\n")[0].split(",")]
+        headers = (texts[0] or "").partition("\n")[0].split(",")
+        times = [header.startswith(("time", "memory")) or "seconds" in header for header in headers]
         rows = [[line.split(",") for line in (each or "").splitlines()] for each in texts]
         kept = [[[cell for cell, time in zip(row, times, strict=True) if not time] for row in each] for each in rows]
         assert kept[0] == kept[1]

@@ -17,7 +17,7 @@ from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_di
 from cbq.cli.reproduce import Reproduction
 from cbq.cli.stored import stored_group
 from cbq.models.loading import results_name
-from cbq.report.command import SweepReport
+from cbq.report.command import report_folder
 from cbq.results import environment, failure
 from cbq.run_folder import CONFIG_NAME, RunFolder
 
@@ -68,6 +68,8 @@ def quantize(config: DictConfig) -> None:
     if folder.is_finished():
         print(f"already finished: {folder.path} (overwrite=true starts anew)")
         return
+    if HydraConfig.get().mode is RunMode.MULTIRUN and "group" in config.tracking and config.tracking.group is None:
+        config.tracking.group = sweep_name(HydraConfig.get().sweep.dir)
     choices = {key: choice for key, choice in HydraConfig.get().runtime.choices.items() if "/" not in key}
     settings = {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
     runner = None
@@ -86,6 +88,17 @@ def quantize(config: DictConfig) -> None:
             if isinstance(error, KeyboardInterrupt) and runner is not None and runner.results:
                 print(f"cbq: to go on: cbq resume={folder.path}", file=sys.stderr)
             raise
+
+
+def sweep_name(folder: str) -> str:
+    """Return what W&B calls the group of a sweep's runs: its folder, without hydra's own in front of it.
+
+    Example:
+        >>> sweep_name("multirun/table3c"), sweep_name("multirun/2024-01-01/12-00-00"), sweep_name("/data/sweeps/mine")
+        ('table3c', '2024-01-01/12-00-00', 'mine')
+    """
+    path = Path(folder)
+    return str(path.relative_to("multirun")) if path.is_relative_to("multirun") else path.name
 
 
 def failed_results(config: DictConfig, settings: dict, error: BaseException) -> dict:
@@ -121,9 +134,9 @@ def analyze(config: DictConfig) -> None:
 
 
 def report(config: DictConfig) -> None:
-    """Write the report of a sweep's folder."""
+    """Write the report of a run's or a sweep's folder."""
     experiments = sorted(path.stem for path in (Path(conf_dir()) / "experiment").glob("*.yaml"))
-    SweepReport(config.folder, experiments).run()
+    report_folder(config.folder, experiments)
 
 
 def reproduce(config: DictConfig) -> None:

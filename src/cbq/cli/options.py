@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cbq.errors import InputError, one_line
 
-NOT_SETTINGS = {"runner", "evaluator", "analyzer", "tracking", "overwrite", "save_state", "hydra"}
+NOT_SETTINGS = {"runner", "evaluator", "analyzer", "tracking", "report", "overwrite", "save_state", "hydra"}
 NOT_OPTIONS = {"runner", "evaluator", "analyzer", "command", "defaults", "hydra"}
 
 
@@ -100,7 +100,7 @@ def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
         used |= found
         unread += found
     for group in groups:
-        if OmegaConf.is_config(config.get(group)) and group not in used | NOT_OPTIONS | {"debug", "tracking"}:
+        if OmegaConf.is_config(config.get(group)) and group not in used | NOT_OPTIONS | {"debug", "tracking", "report"}:
             raise InputError(f"{group} means nothing with method={config.method.name}: leave it out")
 
 

@@ -39,7 +39,7 @@ Commands:
   export      write a checkpoint for an engine: cbq export outputs/<date>/<time> export=compressed_tensors
   generate    continue a text: cbq generate outputs/<date>/<time> prompt="..." [compare=true]
   reproduce   run a finished run again, and compare: cbq reproduce <run folder>
-  report      the table and the plot of a sweep: cbq report multirun/table3c
+  report      the page of a run, the table of a sweep: cbq report outputs/<date>/<time>, cbq report multirun/table3c
 """
 
 

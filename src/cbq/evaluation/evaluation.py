@@ -191,6 +191,7 @@ class Evaluation:
         rtn: Scores | None,
         quantized: Scores | None,
         agreement: dict[str, Agreement],
+        nearest: dict[str, Agreement] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Return what `results.json` says of what was measured: perplexity, bits_per_byte, zero_shot, agreement.
 
@@ -199,6 +200,7 @@ class Evaluation:
             rtn: of round-to-nearest.
             quantized: of the quantized model.
             agreement: by corpus.
+            nearest: likewise, of round-to-nearest; None where it was not measured.
         """
         states = {"full_precision": full_precision, "rtn": rtn, "quantized": quantized}
         by_text = {
@@ -210,7 +212,10 @@ class Evaluation:
         }
         return by_text | {
             "zero_shot": self._zero_shot_results(full_precision, quantized),
-            "agreement": {corpus: asdict(found) for corpus, found in agreement.items()},
+            "agreement": {
+                corpus: asdict(found) | ({"rtn": asdict(nearest[corpus])} if nearest else {})
+                for corpus, found in agreement.items()
+            },
         }
 
     def _zero_shot_results(self, full_precision: Scores | None, quantized: Scores | None) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,8 @@ from cbq.errors import InputError
 from cbq.quant.affine import dequantize_affine, to_groups
 from cbq.quant.quantizer import ACT_QUANTIZERS, ActQuantizer, WeightQuantizer
 from cbq.quant.rounding import Nearest, Rounding
-from cbq.quant.scheme import QuantScheme
+from cbq.quant.scheme import SCALE_BITS, QuantScheme
 from cbq.quant.state import Quantized, QuantState, quantized_modules
-
-SCALE_BITS = 16  # what engines store a scale in
 
 
 def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
@@ -77,8 +75,26 @@ class QuantLinear(Quantized):
         """Return how many learned integers differ from round-to-nearest at the initial scale, and of how many."""
         if self.weight_quantizer is None:
             return 0, 0
-        nearest = self.weight_quantizer.starting_integers(self.weight).flatten(1)
-        return int((self.integers() != nearest).sum()), nearest.numel()
+        return int(self.rounding_counts()[1]), self.weight.numel()
+
+    @torch.no_grad()
+    def rounding_counts(self) -> torch.Tensor:
+        """Return how many values are rounded hard, and how many integers differ from round-to-nearest at the initial
+        scale, (2,), on the device; the weight must be quantized."""
+        quantizer = self.weight_quantizer
+        scale, zero_point = quantizer.grid()
+        groups = to_groups(self.weight.float(), quantizer.group_size)
+        values = self.rounding(groups, quantizer.initial_scale, scale)
+        integers = (values + zero_point).clamp(quantizer.quant_min, quantizer.quant_max).round()
+        changed = integers != quantizer.starting_integers(self.weight)
+        return torch.stack([(values == values.round()).sum(), changed.sum()])
+
+    @torch.no_grad()
+    def relative_error(self) -> torch.Tensor:
+        """Return what rounding does to the weight, |W_q - W|^2 / |W|^2, (), on the device; it must be quantized."""
+        weight = self.weight.float()
+        change = self.weight_quantizer(self.weight, self.rounding).float() - weight
+        return change.square().sum() / weight.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class FusedLinear(nn.Module):

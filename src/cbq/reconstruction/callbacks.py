@@ -1,7 +1,6 @@
-"""What changes over the steps of a window, and what is recorded of them."""
+"""What changes over the steps of a window."""
 
 import math
-from collections.abc import Callable
 
 import lightning as L
 import torch
@@ -115,58 +114,3 @@ class BestStep(L.Callback):
             for parameter, best in zip(module.learned, self.best, strict=True):
                 parameter.copy_(best)
         self.best = []
-
-
-class WindowCurves(L.Callback):
-    """Records every step's losses, beta and learning rates, on one step axis over the whole run.
-
-    Values stay on the device until the window ends: a step never waits for the GPU to be read.
-
-    Args:
-        record: takes a window's rows: each a dict of metric name to number.
-
-    Attributes:
-        step: the next one's number.
-    """
-
-    def __init__(self, record: Callable[[list[dict[str, float]]], None]) -> None:
-        self.record = record
-        self.step = 0
-        self.window = -1
-        self.rows: list[dict[str, float]] = []
-        self.losses: list[torch.Tensor] = []
-        self.names: list[str] = []
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what the curves of a run that goes on go on from."""
-        return {"step": self.step, "window": self.window}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.step, self.window = state["step"], state["window"]
-
-    def on_fit_start(self, trainer: L.Trainer, module: WindowModule) -> None:
-        self.window += 1
-        self.rows, self.losses, self.names = [], [], []
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        rates = zip(module.groups, optimizer.param_groups, strict=True)
-        row = {"cbq_step": self.step, "window": self.window} | {f"lr/{name}": group["lr"] for name, group in rates}
-        self.rows.append(row if module.beta is None else row | {"beta": module.beta})
-        self.step += 1
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: WindowModule, outputs: object, batch: object, batch_index: int
-    ) -> None:
-        if len(self.losses) == len(self.rows):
-            return  # gradients are still accumulated
-        self.names = list(module.losses)
-        self.losses.append(torch.stack([value.float().to(outputs["loss"].device) for value in module.losses.values()]))
-
-    def on_fit_end(self, trainer: L.Trainer, module: WindowModule) -> None:
-        losses = torch.stack(self.losses).tolist()
-        for row, values in zip(self.rows, losses, strict=True):
-            row.update(zip(self.names, values, strict=True))
-        self.record(self.rows)

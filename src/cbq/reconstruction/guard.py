@@ -1,7 +1,10 @@
 """What keeps a window sound when its optimization is not: steps that are not finite are not taken."""
 
+from collections.abc import Sequence
+
 import lightning as L
 import torch
+from torch import nn
 
 from cbq.reconstruction.module import WindowModule
 
@@ -34,8 +37,8 @@ class FiniteSteps(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, module: WindowModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = [parameter.grad for parameter in module.learned if parameter.grad is not None]
-        size = torch.nn.utils.get_total_norm(gradients) + module.losses["loss/total"]
+        module.gradient_norms = {name: gradient_norm(group["params"]) for name, group in module.groups.items()}
+        size = torch.stack(list(module.gradient_norms.values())).sum() + module.losses["loss/total"]
         spoiled = size.isfinite().logical_not().float()
         optimizer.found_inf = spoiled
         self.unread.append(spoiled)
@@ -66,6 +69,11 @@ class FiniteSteps(L.Callback):
             return None
         restarts = f", {self.restarts} restarts at a lower rate" if self.restarts else ""
         return f"{self.skipped} steps skipped: not finite{restarts}"
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Return the 2-norm of the gradients of all of `parameters` together, ()."""
+    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
 def snapshot(module: WindowModule) -> list[torch.Tensor]:

@@ -60,6 +60,7 @@ class WindowModule(L.LightningModule):
         beta: the exponent of Eq. 12, or None while the compensation loss is off. Set by `BetaAnnealing`.
         losses: the loss terms by logged name, detached, on the device: means over the batches of the present
             optimizer step so far.
+        gradient_norms: of the present optimizer step, by group, on the device. Set by `FiniteSteps`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class WindowModule(L.LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.beta: float | None = None
         self.losses: dict[str, torch.Tensor] = {}
+        self.gradient_norms: dict[str, torch.Tensor] = {}
         # The blocks stay out of this module's registry: `parameters()` holds nothing frozen, and Lightning's move to
         # the CPU after a fit leaves their weights where they are.
         self.blocks = tuple(cache.blocks[window.start : window.stop])

@@ -1,4 +1,4 @@
-"""`cbq report`: a sweep's folder as a table and a plot."""
+"""`cbq report`: a run's folder as a page, a sweep's as a table and a plot."""
 
 import base64
 from collections.abc import Sequence
@@ -8,12 +8,38 @@ from rich.console import Console
 from rich.text import Text
 
 from cbq.errors import InputError
+from cbq.report.observer import FOLDER_NAME
 from cbq.report.paper import CAVEAT
 from cbq.report.pareto import plot
 from cbq.report.render import latex, markdown, page
+from cbq.report.run_page import write_run_page
 from cbq.report.sweep import EXPERIMENT, SweepTable, read_sweep, sweep_table
+from cbq.results import RESULTS_NAME
 
 NAMES = {"markdown": "report.md", "html": "report.html", "latex": "report.tex", "plot": "report.png"}
+
+
+def report_folder(folder: str, experiments: Sequence[str]) -> None:
+    """Write the report of a folder: a run's page where it holds a run, else the table of the sweep below it.
+
+    Args:
+        folder: of a run or a sweep.
+        experiments: see `SweepReport`.
+
+    Raises:
+        InputError: there is neither, or it cannot be written to.
+    """
+    sweep = SweepReport(folder, experiments)
+    if not (sweep.folder / RESULTS_NAME).is_file():
+        sweep.run()
+        return
+    try:
+        path = write_run_page(sweep.folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error.strerror}") from None
+    Console(highlight=False).print(
+        Text(f"{path}, its figures in {path.parent / FOLDER_NAME / 'figures'}"), soft_wrap=True
+    )
 
 
 class SweepReport:

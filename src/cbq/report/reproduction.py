@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cbq.errors import InputError
-from cbq.evaluation.recall import hash_tensors
+from cbq.hashes import hash_tensors
 
 NOT_COMPARED = {"wall_time_seconds"}
 MEASURED = ("protocol", "fingerprint", "perplexity", "bits_per_byte", "zero_shot", "agreement", "windows")

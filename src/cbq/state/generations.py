@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cbq.durable import replacing, write_text
+from cbq.hashes import hash_file
 
 FORMAT_VERSION = 1
 MANIFEST = re.compile(r"state\.(\d+)\.json")
 FILE_NAME = re.compile(r"[\w-]+\.\d+\.safetensors")
-HASHED_AT_ONCE = 2**24  # bytes
 
 
 class DamagedError(Exception):
@@ -200,12 +200,3 @@ def own_memory(tensor: torch.Tensor) -> torch.Tensor:
 def hash_content(content: dict[str, Any]) -> str:
     """Return the hash of what a manifest says."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
-
-
-def hash_file(path: Path) -> str:
-    """Return the hash of a file's bytes."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(HASHED_AT_ONCE):
-            digest.update(chunk)
-    return digest.hexdigest()

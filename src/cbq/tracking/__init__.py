@@ -3,6 +3,7 @@
 Rows lie on one of two axes: `cbq_step`, the optimizer steps of all windows together, and `block`.
 """
 
+from cbq.tracking.recorder import RunRecorder, agreement_rows
 from cbq.tracking.tracker import Tracker
 
-__all__ = ["Tracker"]
+__all__ = ["RunRecorder", "Tracker", "agreement_rows"]

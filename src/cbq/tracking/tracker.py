@@ -100,8 +100,8 @@ class Tracker:
         """Record rows over the model's blocks.
 
         Args:
-            rows: Column name -> value. Each row has "block", and "cbq_step", by which it was finished; its columns are
-                none of those of `log`.
+            rows: Column name -> value. Each row has "block", and while windows are solved the "cbq_step" by which the
+                block was finished; its columns are none of those of `log`.
         """
         self._log(rows, BLOCK)
 
