@@ -69,11 +69,17 @@ class Starter:
             die_at: see `run_server.count_writes`; None: writes are not counted.
             resume: by `resume=<folder>`.
         """
+        argv = [f"resume={run}"] if resume else [*self.argv, f"hydra.run.dir={run}"]
+        return self.say(*argv, *options, after=after, number=number, die_at=die_at)
+
+    def say(
+        self, *argv: str, after: float | None = None, number: int = signal.SIGKILL, die_at: int | None = None
+    ) -> Ended:
+        """Run any command; see `start`."""
         self.number += 1
         output = self.folder / f"output{self.number}.txt"
-        argv = [f"resume={run}"] if resume else [*self.argv, f"hydra.run.dir={run}"]
         began = time.monotonic()
-        self.server.stdin.write(json.dumps({"argv": [*argv, *options], "output": str(output), "die_at": die_at}) + "\n")
+        self.server.stdin.write(json.dumps({"argv": argv, "output": str(output), "die_at": die_at}) + "\n")
         self.server.stdin.flush()
         process = int(self.server.stdout.readline())
         if after is not None:

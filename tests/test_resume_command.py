@@ -1,0 +1,104 @@
+"""`resume=<folder>` and `cbq reproduce`: the command line of a run, typed again."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cbq.cli.options import quote
+from cbq.cli.reproduce import Reproduction
+from cbq.cli.resume import command_of, resumed
+from cbq.errors import InputError
+from cbq.report.reproduction import figures
+
+RESULTS = {"format_version": 1, "status": "finished", "overrides": ["quant=w4a4", "seed=1"], "environment": {}}
+
+
+def leave(folder: Path, **changes: object) -> Path:
+    """Leave a run's results."""
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"working_folder": str(folder.parent)} | changes))
+    return folder
+
+
+def test_the_command_line_is_typed_again_where_it_was(tmp_path, monkeypatch):
+    folder = leave(tmp_path / "it's a run")
+    monkeypatch.chdir("/")
+    expected = ["quant=w4a4", "seed=1", f"hydra.run.dir={quote(str(folder))}", "tracking.mode=disabled"]
+    assert resumed([f"resume={folder}", "tracking.mode=disabled"]) == expected
+    assert Path.cwd() == tmp_path
+
+
+def test_without_resume_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resumed(["quant=w4a4", "-m"]) == ["quant=w4a4", "-m"]
+    assert Path.cwd() == tmp_path
+
+
+def test_a_relative_folder_begins_where_it_is_typed(tmp_path, monkeypatch):
+    leave(tmp_path / "run", working_folder="/")
+    monkeypatch.chdir(tmp_path)
+    assert resumed(["resume=run"])[2] == f"hydra.run.dir={quote(str(tmp_path / 'run'))}"
+    os.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words", [["resume="], ["resume=a", "resume=b"], ["resume=a", "-m"], ["resume=a", "--multirun"]]
+)
+def test_what_resume_is_not(words):
+    with pytest.raises(InputError, match="resume must be one run folder"):
+        resumed(words)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="holds no run of cbq"):
+            resumed([f"resume={folder}"])
+
+
+@pytest.mark.parametrize("overrides", [None, "quant=w4a4", [1], {"a": 1}])
+def test_a_run_that_does_not_say_what_was_typed(tmp_path, overrides):
+    with pytest.raises(InputError, match="does not say what was typed"):
+        command_of(leave(tmp_path / "run", overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "runner._target_=os.system",
+        "+x._target_=os.system",
+        "hydra.run.dir=/",
+        "+hydra/launcher=x",
+        "-m",
+        "--config-dir=x",
+    ],
+)
+def test_a_folder_of_somebody_else_names_no_code(tmp_path, word):
+    with pytest.raises(InputError, match="names code or hydra options to run"):
+        command_of(leave(tmp_path / "run", overrides=["quant=w4a4", word]))
+
+
+def test_only_what_is_finished_is_reproduced(tmp_path):
+    with pytest.raises(InputError, match=r"is running, not finished: cbq resume="):
+        Reproduction(str(leave(tmp_path / "run", status="running"))).run()
+    with pytest.raises(InputError, match="which is not there"):
+        Reproduction(str(leave(tmp_path / "run", working_folder=str(tmp_path / "gone")))).run()
+    with pytest.raises(InputError, match="folder must be a folder, got 3"):
+        Reproduction(3)
+
+
+def test_figures_of_two_runs():
+    """A time is no figure; one that only one of them has differs."""
+    then = {"perplexity": {"c4": {"rtn": 1.5, "quantized": None}}, "windows": [{"start": 0, "wall_time_seconds": 1}]}
+    now = {
+        "perplexity": {"c4": {"rtn": 1.25, "quantized": None}},
+        "windows": [{"start": 0, "wall_time_seconds": 2}, {"start": 1}],
+    }
+    found = {figure.name: figure.same for figure in figures(then, now)}
+    assert found == {
+        "perplexity.c4.rtn": False,
+        "perplexity.c4.quantized": True,
+        "windows.0.start": True,
+        "windows.1.start": False,
+    }
