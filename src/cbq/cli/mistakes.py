@@ -66,8 +66,8 @@ def explain(error: BaseException | None, config_name: str = "config") -> str | N
 def unknown_key(error: ConfigKeyError | ConfigAttributeError, config_name: str) -> str:
     """Return what key a user may have meant, given the choices of groups on the command line."""
     key = error.full_key or str(error.key)
-    groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
-    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
+    known = {"/".join(path.relative_to(conf_dir()).with_suffix("").parts) for path in Path(conf_dir()).glob("*/*.yaml")}
+    choices = [word for word in sys.argv[1:] if word.replace("=", "/", 1) in known]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         config = hydra.compose(config_name, overrides=choices)
     for missing in OmegaConf.missing_keys(config):

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cbq.cli.commands import COMMANDS, Command
+from cbq.cli.made import THERE
 from cbq.cli.mistakes import check_flags, explain
 from cbq.cli.options import conf_dir
 from cbq.cli.resolvers import register
@@ -142,7 +143,8 @@ def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:
     except Exception as error:
         line = explain(error, command.config_name)
         if command.fills_folder:
-            withdraw(path)
+            # A job in a process of its own does not know what was there before the sweep.
+            withdraw(path, THERE or {path.absolute().parent})
         jobs.failed += [job.job.num] if in_sweep else []
         if line is None:
             if command.fills_folder and path.is_dir() and not (path / ERROR_NAME).exists():
