@@ -2,6 +2,7 @@
 
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -96,3 +97,10 @@ def check_flags(words: Sequence[str]) -> None:
 
     parser.error = refuse
     parser.parse_args(list(words))
+
+
+def while_composing(error: BaseException) -> bool:
+    """Return whether hydra raised an error while it made a configuration of the command line: it has no type for all
+    of them."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "config_loader_impl.py" for frame in frames)

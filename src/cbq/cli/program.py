@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from cbq.cli.commands import COMMANDS, Command
 from cbq.cli.made import THERE
-from cbq.cli.mistakes import check_flags, explain
+from cbq.cli.mistakes import check_flags, explain, while_composing
 from cbq.cli.options import conf_dir
 from cbq.cli.resolvers import register
 from cbq.cli.resume import resumed
@@ -81,7 +81,7 @@ def main() -> None:
         line = explain(error, chosen.config_name)
         if line is None and isinstance(error, OSError) and not jobs.started:
             line = f"hydra.run.dir {error.filename} cannot be made: {error.strerror}"
-        if line is None and not jobs.started:  # hydra could not make a configuration of the command line
+        if line is None and not jobs.started and while_composing(error):
             line = one_line(error)
         if line is None:
             raise
