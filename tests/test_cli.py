@@ -74,6 +74,16 @@ def cbq(tmp_path, monkeypatch, capsys):
         (["reconstruction.accumulate_grad_batches=0"], "accumulate_grad_batches must be an integer of at least 1"),
         (["method=gptr"], "'method/gptr' does not exist: it must be one of adaround, awq, cbq"),
         (["method=rtn", "rounding=lora"], "rounding means nothing with method=rtn: leave it out"),
+        (["reconstruction=gptq", "rounding=lora"], "rounding means nothing with the other options: leave it out"),
+        (["calibration.num_segments=1000000000000"], "calibration.num_segments must be at most 3125000 of 32 tokens"),
+        (["tracking={a: 1}"], "option 'tracking.a' does not exist"),
+        (["target=0"], "Config group override must be a string"),
+        (["+model.los=1"], "unknown option 'model.los'"),
+        (["runner.scheme=4"], "runner is made of the other options"),
+        (["reconstruction.restart={_target_: nowhere.Nothing}"], "_target_ cannot be used"),
+        (["reconstruction.descent.schedule.T_max=x"], "reconstruction.descent"),
+        (["--nonsense"], "unrecognized arguments"),
+        (["hydra.run.dir=${nowhere}"], "nowhere"),
         (["method=rtn", "rounding.rank=3"], "rounding.rank"),
         (["method=awq", "quant=w4a4"], "method=awq is for weights only: quant.act_bits must be 16, got 4"),
         (["method=smoothquant", "quant=w4a16"], "method=smoothquant is for activations too"),
@@ -124,6 +134,17 @@ def test_a_mistake_is_one_line_and_leaves_nothing(cbq, tmp_path, overrides, said
     assert line.startswith("cbq: ")
     assert said in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", ["", "a", "a/b", "a/b/run"])
+def test_a_refused_run_removes_only_what_it_made(cbq, tmp_path, there):
+    """Not even the empty folder that it is started in."""
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, _ = cbq(*SMALL, "hydra.run.dir=a/b/run", "cbd.window=9")
+    assert code == 2
+    assert tmp_path.is_dir()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_too_little_room_for_the_streams(cbq, tmp_path, monkeypatch):

@@ -258,20 +258,32 @@ def test_withdraw_removes_empty_folders_only(tmp_path):
     path = tmp_path / "kept" / "date" / "time"
     path.mkdir(parents=True)
     (tmp_path / "kept" / "file").write_text("mine")
-    withdraw(path)
+    withdraw(path, {tmp_path})
     assert [file.name for file in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+@pytest.mark.parametrize("there", ["", "date", "date/time"])
+def test_withdraw_keeps_empty_folders_that_were_there(tmp_path, there):
+    path = tmp_path / "date" / "time"
+    path.mkdir(parents=True)
+    before = {
+        tmp_path,
+        *(folder for folder in (path.parent, path) if there.startswith(str(folder.relative_to(tmp_path)))),
+    }
+    withdraw(path, before)
+    assert {tmp_path, *tmp_path.rglob("*")} == before
 
 
 def test_withdraw_keeps_what_is_not_empty(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
     (path / "file").write_text("mine")
-    withdraw(path)
+    withdraw(path, ())
     assert (path / "file").read_text() == "mine"
 
 
 def test_withdraw_of_a_folder_that_was_never_made(tmp_path):
-    withdraw(tmp_path / "a" / "b")
+    withdraw(tmp_path / "a" / "b", ())
     assert tmp_path.is_dir()
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -177,9 +177,15 @@ class RunFolder:
         write_text(self.path / ERROR_NAME, text + "\n")
 
 
-def withdraw(folder: Path) -> None:
-    """Leave nothing behind: remove a folder, and those above it, as far as they are empty."""
-    for _ in range(3):
+def withdraw(folder: Path, kept: Collection[Path]) -> None:
+    """Leave nothing behind: remove a folder, and those above it, as far as they are empty.
+
+    Args:
+        folder: of a run that did not begin.
+        kept: what was there before; absolute paths.
+    """
+    folder = folder.absolute()
+    while folder not in kept:
         try:
             folder.rmdir()
         except OSError:

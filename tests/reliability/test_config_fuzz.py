@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from cbq.api import quantize
+from cbq.checkpoint import save_checkpoint
 from cbq.cli import conf_dir, main
+from cbq.models.loading import load_pretrained
 from cbq.runner import Runner
 
 GROUPS = {
@@ -141,8 +147,8 @@ class Enough(SystemExit):
 def prepare_only(runner: Runner, prepared: tuple) -> tuple:
     """Hand on what `prepare` gave, unless running it would take longer than a test may."""
     _, segments, plan, _ = prepared
-    solver, steps = runner.solver, runner.preprocess
-    candidates = [getattr(step, "grid", 0) for step in (steps, *getattr(steps, "steps", ()))]
+    solver, step = runner.solver, runner.preprocess
+    candidates = [getattr(each, "grid", 0) for each in (step, *getattr(step, "steps", ()))]
     work = solver.steps(len(segments)) * len(plan), getattr(solver, "num_steps", None) or 0
     much = max(work) > MOST_STEPS or len(segments) > MOST_SEGMENTS or max(candidates) > MOST_CANDIDATES
     if much or getattr(solver, "compile", False) is True or runner.evaluation.corpora():
@@ -151,15 +157,34 @@ def prepare_only(runner: Runner, prepared: tuple) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def cbq(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+def text(tmp_path_factory: pytest.TempPathFactory, tiny_text_file: Path) -> Path:
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(tiny_text_file.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+    """A run's folder with a W4A16 checkpoint."""
+    path = tmp_path_factory.mktemp("run")
+    loaded = load_pretrained(str(tiny_llama_folder))
+    tokens = torch.randint(0, 320, (2, 16), generator=torch.Generator().manual_seed(0))
+    quantize(loaded.model, tokens, scheme="w4a16", epochs=1, progress=False)
+    save_checkpoint(loaded.model, loaded.tokenizer, path / "checkpoint")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cbq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     """Return what runs a command line in an empty folder: exit code, standard error, what is in the folder then."""
     home = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         whole = Runner.prepare
         patch.setattr(Runner, "prepare", lambda runner: prepare_only(runner, whole(runner)))
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("cbq.runner.generate_text", lambda model, tokenizer, prompt: prompt)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)  # which composes a second time to find that out
         patch.setenv("HOME", str(home / "home"))
 
         def run(capture: pytest.CaptureFixture, *words: str) -> tuple[int, str, list[Path]]:
@@ -176,7 +201,7 @@ def cbq(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def check(cbq: Callable, capsys: pytest.CaptureFixture, words: list[str]) -> None:
-    """Run a command line, which must end well or in one line."""
+    """Run a command line, which must end well or in one line, with nothing left behind."""
     code, error, left = cbq(capsys, *words)
     assert code in (0, 2), words
     if code == 2:
@@ -192,20 +217,49 @@ def fuzz(max_examples: int) -> Callable:
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+        phases=(Phase.generate,),  # a second is too long to look for a smaller one
+        suppress_health_check=list(HealthCheck),
     )
 
 
-def quantize_words(model: Path, text: Path, drawn: list[str]) -> list[str]:
-    """Return a command line that quantizes a tiny model, and then what was drawn."""
-    return ["model=hf", f"model.path={model}", "calibration=text", f"calibration.path={text}", *BASE, *drawn]
+@pytest.mark.parametrize("number", [8, pytest.param(600, marks=pytest.mark.slow)])
+def test_any_options_end_well_or_in_one_line(cbq, capsys, tiny_llama_folder, text, number) -> None:
+    base = ("model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={text}", *BASE)
 
-
-@pytest.mark.parametrize("number", [pytest.param(60), pytest.param(600, marks=pytest.mark.slow)])
-def test_any_options_end_well_or_in_one_line(cbq, capsys, tiny_llama_folder, number) -> None:
     @fuzz(number)
     @given(command_lines)
     def run(drawn: list[str]) -> None:
-        check(cbq, capsys, quantize_words(tiny_llama_folder, drawn))
+        check(cbq, capsys, [*base, *drawn])
+
+    run()
+
+
+OTHER_OPTIONS = {
+    "evaluate": ("checkpoint", "evaluation.segment_tokens", "evaluation.stride", "evaluation.corpora", "model", "seed"),
+    "generate": ("prompt", "max_tokens", "temperature", "seed", "compare", "checkpoint", "command.seed"),
+    "export": ("export", "export.out", "export.verify", "export.verify_segments", "checkpoint", "export.format"),
+    "report": ("folder", "seed"),
+}
+other_values = st.one_of(
+    any_value, st.sampled_from(("gptq", "autoround", "none", "pico", "w4a4", "[c4,c4]", "2", "1.5"))
+)
+
+
+@pytest.mark.parametrize("number", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", OTHER_OPTIONS)
+def test_any_options_of_other_commands(cbq, capsys, tmp_path, finished, text, command, number) -> None:
+    base = {
+        "evaluate": (f"checkpoint={finished}", f"evaluation.text_path={text}", "evaluation.segment_tokens=32"),
+        "generate": (str(finished), "prompt=a", "max_tokens=1"),
+        "export": (str(finished), f"export.out={tmp_path / 'out'}", "export.verify_segments=1"),
+        "report": (str(finished),),
+    }[command]
+    option = st.builds("{}={}".format, st.sampled_from(OTHER_OPTIONS[command]), other_values)
+
+    @fuzz(number)
+    @given(st.lists(st.one_of(option, option, option, option, nonsense), min_size=1, max_size=3))
+    def run(drawn: list[str]) -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        check(cbq, capsys, [command, *base, *drawn])
 
     run()

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,8 +67,8 @@ def explain(error: BaseException | None, config_name: str = "config") -> str | N
 def unknown_key(error: ConfigKeyError | ConfigAttributeError, config_name: str) -> str:
     """Return what key a user may have meant, given the choices of groups on the command line."""
     key = error.full_key or str(error.key)
-    groups = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
-    choices = [word for word in sys.argv[1:] if word.partition("=")[0] in groups and "," not in word]
+    known = {"/".join(path.relative_to(conf_dir()).with_suffix("").parts) for path in Path(conf_dir()).glob("*/*.yaml")}
+    choices = [word for word in sys.argv[1:] if word.replace("=", "/", 1) in known]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         config = hydra.compose(config_name, overrides=choices)
     for missing in OmegaConf.missing_keys(config):
@@ -96,3 +97,10 @@ def check_flags(words: Sequence[str]) -> None:
 
     parser.error = refuse
     parser.parse_args(list(words))
+
+
+def while_composing(error: BaseException) -> bool:
+    """Return whether hydra raised an error while it made a configuration of the command line: it has no type for all
+    of them."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "config_loader_impl.py" for frame in frames)

@@ -5,8 +5,8 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from pkgutil import resolve_name  # hydra's own prints what it does not find
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cbq.errors import InputError, one_line
@@ -68,7 +68,7 @@ def check_arguments(node: DictConfig, path: str) -> None:
     plain = OmegaConf.to_container(node, resolve=False)
     if "_target_" in plain:
         try:
-            parameters = inspect.signature(get_object(node["_target_"])).parameters
+            parameters = inspect.signature(resolve_name(node["_target_"])).parameters
         except Exception as error:  # of whatever module it names
             raise InputError(f"{path}._target_ cannot be used: {one_line(error)}") from None
         for key in plain:
@@ -80,7 +80,7 @@ def check_arguments(node: DictConfig, path: str) -> None:
 
 
 def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
-    """Refuse an option that the chosen method has no use for, where the user typed both.
+    """Refuse an option that the user typed and nothing reads, as the rounding of a method that learns none.
 
     Args:
         config: the composed configuration.
@@ -90,8 +90,6 @@ def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
         InputError: there is one.
     """
     groups = [re.split(r"[=.@]", word.lstrip("+~"))[0] for word in typed]
-    if "method" not in groups:
-        return
     used, unread = {"method"}, ["runner"]
     while unread:
         node = config.get(unread.pop())
@@ -101,7 +99,8 @@ def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
         unread += found
     for group in groups:
         if OmegaConf.is_config(config.get(group)) and group not in used | NOT_OPTIONS | {"debug", "tracking", "report"}:
-            raise InputError(f"{group} means nothing with method={config.method.name}: leave it out")
+            chosen = f"method={config.method.name}" if "method" in groups else "the other options"
+            raise InputError(f"{group} means nothing with {chosen}: leave it out")
 
 
 def flatten(config: DictConfig, prefix: str = "") -> dict:

@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cbq.cli.commands import COMMANDS, Command
-from cbq.cli.mistakes import check_flags, explain
+from cbq.cli.made import THERE
+from cbq.cli.mistakes import check_flags, explain, while_composing
 from cbq.cli.options import conf_dir
 from cbq.cli.resolvers import register
 from cbq.cli.resume import resumed
@@ -80,7 +81,7 @@ def main() -> None:
         line = explain(error, chosen.config_name)
         if line is None and isinstance(error, OSError) and not jobs.started:
             line = f"hydra.run.dir {error.filename} cannot be made: {error.strerror}"
-        if line is None and not jobs.started:  # hydra could not make a configuration of the command line
+        if line is None and not jobs.started and while_composing(error):
             line = one_line(error)
         if line is None:
             raise
@@ -142,7 +143,8 @@ def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:
     except Exception as error:
         line = explain(error, command.config_name)
         if command.fills_folder:
-            withdraw(path)
+            # A job in a process of its own does not know what was there before the sweep.
+            withdraw(path, THERE or {path.absolute().parent})
         jobs.failed += [job.job.num] if in_sweep else []
         if line is None:
             if command.fills_folder and path.is_dir() and not (path / ERROR_NAME).exists():

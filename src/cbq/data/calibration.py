@@ -8,6 +8,8 @@ from torch import LongTensor
 from cbq.data.corpora import C4, Corpus, Embedded, TextFile, Tokenizer, WikiText2, check_count
 from cbq.errors import InputError, check_text
 
+MOST_TOKENS = 10**8  # 400 times the paper's: their ids alone are a GB
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -36,11 +38,17 @@ class Calibration:
             Token ids, (N, T).
 
         Raises:
-            InputError: a number is not an integer of at least 1, a segment is longer than the context, an id lies
-                beyond the vocabulary, or the corpus cannot be read or is too short.
+            InputError: a number is not an integer of at least 1, there are more than `MOST_TOKENS`, a segment is longer
+                than the context, an id lies beyond the vocabulary, or the corpus cannot be read or is too short.
         """
         check_count("calibration.num_segments", self.num_segments)
         check_segment_tokens("calibration.segment_tokens", self.segment_tokens, context)
+        most = MOST_TOKENS // self.segment_tokens
+        if self.num_segments > most:
+            raise InputError(
+                f"calibration.num_segments must be at most {most} of {self.segment_tokens} tokens, "
+                f"got {self.num_segments}"
+            )
         segments = self.corpus.random_segments(tokenizer, self.num_segments, self.segment_tokens, seed)
         check_token_ids(segments, vocab_size, self.corpus.name)
         return segments

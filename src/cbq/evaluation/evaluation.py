@@ -124,7 +124,9 @@ class Evaluation:
         from cbq.evaluation.zero_shot import ZeroShot  # seconds, that a run without tasks need not wait
 
         self.zero_shot = ZeroShot(**self.task_options)
-        return self.zero_shot.prepare()
+        notes = self.zero_shot.prepare()
+        self.zero_shot.check_answers(loaded.context)
+        return notes
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """Return what results say of each corpus: T, the stride, the N * T tokens read, and the hash of the text."""

@@ -7,7 +7,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from cbq.errors import InputError
 from cbq.evaluation.recall import hash_tokens
@@ -63,6 +65,16 @@ class HarnessModel(HFLM):
         answers = self.recall(key, lambda: self._computed(requests, override_bs))
         return [(likelihood, greedy) for likelihood, greedy in answers]
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes after each question, by lm-eval's own method.
+
+        Raises:
+            InputError: an answer may be as long as the context.
+        """
+        asked = [normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] for request in requests]
+        check_answers(max(asked, default=0), self.max_length)
+        return super().generate_until(requests, disable_tqdm)
+
     def _computed(self, requests: list[Request], override_bs: int | None) -> list[tuple[float, bool]]:
         """Return the answers by lm-eval's own method, in batches that `_batch_scheduler` ends."""
         fixed = self.batch_size_per_gpu
@@ -91,6 +103,23 @@ class HarnessModel(HFLM):
             self._ends = batch_ends(lengths, self.batch_tokens)
             self._ticks = iter(self.track(range(len(self._ends)), "zero-shot"))
         return self._ends.get(pos, 0)
+
+
+def check_answers(most: int, context: int) -> None:
+    """Refuse answers that leave no room for a question.
+
+    Args:
+        most: tokens of an answer.
+        context: of the model.
+
+    Raises:
+        InputError: they do.
+    """
+    if most >= context:
+        raise InputError(
+            f"evaluation.tasks has one whose answers may have {most} tokens: with a question they do not fit the "
+            f"model's context of {context}"
+        )
 
 
 def batch_ends(lengths: Sequence[int], batch_tokens: int) -> dict[int, int]:

@@ -11,9 +11,11 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from cbq.data.benchmarks import BENCHMARKS
 from cbq.errors import InputError
+from cbq.evaluation.harness import check_answers
 from cbq.evaluation.paired import PairedDifference, mean_difference, paired_difference
 from cbq.evaluation.tasks import load_tasks, quiet_harness, task_manager
 
@@ -82,6 +84,17 @@ class ZeroShot:
             for name, count in self.num_items.items()
             if name in BENCHMARKS and count != BENCHMARKS[name].num_items
         ]
+
+    def check_answers(self, context: int) -> None:
+        """Refuse tasks whose answers do not fit a model's context of so many tokens.
+
+        Raises:
+            InputError: there is one.
+        """
+        for task in self.tasks.values():
+            if task.OUTPUT_TYPE == "generate_until":
+                options = task.config.generation_kwargs or {}
+                check_answers(normalize_gen_kwargs(options)["max_gen_toks"], context)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return what results say of each task, and of each mean of some: how it was asked, and how many items."""
