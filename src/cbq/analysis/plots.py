@@ -54,7 +54,7 @@ def plot_figure(figure: Mapping[str, Any], folder: Path) -> list[str]:
         image = row[2].contourf(multipliers, multipliers, np.ma.masked_invalid(surface), levels=20, cmap="viridis")
         canvas.colorbar(image, ax=row[2], label="loss, nats a token")
         best = found["surface"]["best"]
-        row[2].plot(*best, marker="*", color="tab:red", markersize=14, linestyle="none", label="lowest")
+        row[2].plot(*best, marker="*", color="tab:red", markersize=14, linestyle="none", clip_on=False, label="lowest")
         row[2].plot(1, 1, marker="o", color="white", linestyle="none", label="round-to-nearest")
         row[2].legend(fontsize=8)
         row[2].set(xlabel=f"step sizes of block {first}, times", ylabel=f"of block {first + 1}, times")
