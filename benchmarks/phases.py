@@ -54,6 +54,7 @@ QUICK = [
     "reconstruction.epochs=1",
     "evaluation=none",
     "tracking.mode=disabled",
+    "report=none",
     "quant=w4a16",
     "rounding=nearest",
     "cbd.window=4",

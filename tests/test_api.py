@@ -63,7 +63,7 @@ def test_equals_the_runner(tiny_llama_folder, tiny_text_file, tmp_path, override
     """The same segments and options give the same bits from the command line's Runner, all defaults being the same."""
     overrides = [*overrides, "model=hf", f"model.path={tiny_llama_folder}", "seed=3", "evaluation=none"]
     overrides += ["calibration=text", f"calibration.path={tiny_text_file}", "calibration.num_segments=7"]
-    overrides += ["calibration.segment_tokens=32", "tracking.mode=disabled"]
+    overrides += ["calibration.segment_tokens=32", "tracking.mode=disabled", "report=none"]
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = compose("config", overrides=overrides)
     runner = instantiate(config.runner, folder=RunFolder(tmp_path / "run", config), settings=flatten(config))

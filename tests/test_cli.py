@@ -13,8 +13,9 @@ from cbq.cli import main
 from cbq.results import SCHEMA_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
+QUIET = ["tracking.mode=disabled", "report=none"]
 SHORT = [
-    "tracking.mode=disabled",
+    *QUIET,
     "calibration.num_segments=2",
     "calibration.segment_tokens=32",
     "evaluation.corpora=[]",
@@ -158,7 +159,7 @@ def test_too_little_room_for_the_streams(cbq, tmp_path, monkeypatch):
 
 def test_debug_fast(cbq, tmp_path):
     """What `debug` says wins over other groups, and what the user types wins over it."""
-    assert cbq("tracking.mode=disabled", "debug=fast", "reconstruction=none", "hydra.run.dir=run")[0] == 0
+    assert cbq(*QUIET, "debug=fast", "reconstruction=none", "hydra.run.dir=run")[0] == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["cost"]["calibration_tokens"] == 4 * 64
     assert results["perplexity"] == {}

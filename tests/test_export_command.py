@@ -40,7 +40,8 @@ def run_folder(command, tiny_llama_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "w4a4"
     words = [
         *("model=hf", f"model.path={tiny_llama_folder}", "quant=w4a4", "target=transformers", "rounding=dense_ste"),
-        *("reconstruction.epochs=1", "tracking.mode=disabled", "calibration=embedded", "evaluation=embedded"),
+        *("reconstruction.epochs=1", "tracking.mode=disabled", "report=none"),
+        *("calibration=embedded", "evaluation=embedded"),
         *("calibration.num_segments=2", "calibration.segment_tokens=32", "evaluation.corpora=[]"),
         *("export=compressed_tensors", "export.verify_segments=1", f"hydra.run.dir={folder}"),
     ]
@@ -105,7 +106,7 @@ def test_generate_beside_the_model_of_the_run(command, run_folder, capsys):
 )
 def test_a_mistake_is_one_line(command, run_folder, words, said, capsys):
     words = [str(run_folder) if word == "RUN" else word for word in words]
-    quiet = ["tracking.mode=disabled"] if words[0] not in ("export", "generate") else []
+    quiet = ["tracking.mode=disabled", "report=none"] if words[0] not in ("export", "generate") else []
     assert command(*words, *quiet) == 2
     errors = capsys.readouterr().err
     assert said in errors

@@ -21,6 +21,7 @@ from cbq.cli.resolvers import device_of_job, num_workers, own_gpu
 ROOT = Path(__file__).resolve().parents[1]
 JOB = [
     "tracking.mode=disabled",
+    "report=none",
     "calibration.num_segments=2",
     "calibration.segment_tokens=32",
     "evaluation.corpora=[]",

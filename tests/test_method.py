@@ -53,7 +53,7 @@ def test_a_preset_is_better_than_round_to_nearest(tmp_path, method, scheme):
     """On the model with outliers, where a fourth of the calibration text and a tenth of the test text are enough."""
     text = (embedded_folder("pico") / "test.txt").read_text(encoding="utf-8")
     (tmp_path / "test.txt").write_text(text[: len(text) // 10], encoding="utf-8")
-    overrides = ["model=pico_outliers", f"method={method}", f"quant={scheme}", "tracking.mode=disabled"]
+    overrides = ["model=pico_outliers", f"method={method}", f"quant={scheme}", "tracking.mode=disabled", "report=none"]
     overrides += ["calibration.num_segments=16", "calibration.segment_tokens=128"]
     overrides += [f"evaluation.text_path={tmp_path / 'test.txt'}", "evaluation.segment_tokens=128"]
     with initialize_config_dir(conf_dir(), version_base="1.3"):

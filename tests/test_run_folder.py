@@ -225,7 +225,7 @@ def test_tracking_is_not_the_experiment_in_the_real_configuration(tmp_path):
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             return RunFolder(tmp_path, compose("config", overrides=list(overrides)))
 
-    composed("tracking.mode=disabled").start({"status": "finished"})
+    composed("tracking.mode=disabled", "report=none").start({"status": "finished"})
     assert composed("tracking.mode=offline", "overwrite=true").is_finished()
     with pytest.raises(InputError, match="different configuration"):
         composed("rounding.rank=4").is_finished()

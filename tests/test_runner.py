@@ -22,7 +22,7 @@ from cbq.results import SCHEMA_PATH
 from cbq.run_folder import RunFolder
 from cbq.tracking.csv_files import read_rows
 
-SMALL = ["tracking.mode=disabled", "calibration.num_segments=4", "calibration.segment_tokens=64"]
+SMALL = ["tracking.mode=disabled", "report=none", "calibration.num_segments=4", "calibration.segment_tokens=64"]
 
 
 def run(folder: Path, *overrides: str) -> dict:

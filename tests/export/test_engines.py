@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_perplexity_and_text_through_the_engine(tmp_path, engine, options, dtype):
     if not (ROOT / f".venv-{engine}").is_dir():
         pytest.skip(f"no environment: scripts/check_engine.py {engine} <run> builds it")
-    words = ["method=rtn", "debug=fast", "tracking.mode=disabled", f"hydra.run.dir={tmp_path / 'run'}", *options]
+    words = ["method=rtn", "debug=fast", "tracking.mode=disabled", "report=none", *options]
+    words += [f"hydra.run.dir={tmp_path / 'run'}"]
     subprocess.run([sys.executable, ROOT / "run.py", *words], check=True, cwd=tmp_path)
     command = [sys.executable, ROOT / "scripts" / "check_engine.py", engine, tmp_path / "run", "--dtype", dtype]
     subprocess.run(command, check=True)

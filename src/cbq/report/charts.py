@@ -62,31 +62,40 @@ def curves(steps: pd.DataFrame) -> Chart | None:
 
 
 def windows(results: Mapping) -> Chart | None:
-    """Return each window's loss, rounded to nearest, at its start and at its end."""
-    names = {"rec_loss_rtn": "round-to-nearest", "rec_loss_first": "at its start", "rec_loss_last": "learned"}
+    """Return each window's loss at its start and at its end, as a share of round-to-nearest's."""
+    names = {"rec_loss_first": "at its start", "rec_loss_last": "learned"}
     rows = [
-        {"window": number, "blocks": f"{window['start']}-{window['stop'] - 1}", "state": name, "loss": window[key]}
+        {
+            "window": number,
+            "blocks": f"{window['start']}-{window['stop'] - 1}",
+            "state": name,
+            "loss": window[key],
+            "nearest": window["rec_loss_rtn"],
+            "share": window[key] / window["rec_loss_rtn"],
+        }
         for number, window in enumerate(results["windows"])
         for key, name in names.items()
-        if window[key]
+        if window[key] is not None and window["rec_loss_rtn"]
     ]
     if not rows:
         return None
-    return (
+    lines = (
         alt.Chart(alt.InlineData(values=rows))
         .mark_line(point=True)
         .encode(
-            x=alt.X("window:O", title="window", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y(
-                "loss:Q",
-                title="reconstruction loss",
-                scale=alt.Scale(type="log", nice=False),
-                axis=alt.Axis(format="~g"),
-            ),
+            x=alt.X("window:O", title="window", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y("share:Q", title="loss / round-to-nearest's", scale=alt.Scale(zero=False)),
             color=alt.Color("state:N", title=None, sort=list(names.values()), legend=alt.Legend(orient="top")),
-            tooltip=["window:O", "blocks:N", "state:N", alt.Tooltip("loss:Q", format=".4g")],
+            tooltip=[
+                "window:O",
+                "blocks:N",
+                "state:N",
+                alt.Tooltip("loss:Q", format=".4g"),
+                alt.Tooltip("nearest:Q", title="round-to-nearest", format=".4g"),
+            ],
         )
     )
+    return lines + alt.Chart().mark_rule(strokeDash=[4, 4], color="#888888").encode(y=alt.datum(1))
 
 
 def heat_map(blocks: pd.DataFrame, kind: str, title: str, form: str) -> Chart | None:

@@ -49,7 +49,11 @@ def write_run_page(folder: Path) -> Path:
                     "Every step of every window; those of soft rounding say nothing of what hardening leaves",
                     charts.curves(steps),
                 ),
-                Figure("windows", "Reconstruction loss of each window with hard rounding", charts.windows(results)),
+                Figure(
+                    "windows",
+                    "Reconstruction loss of each window with hard rounding, as a share of round-to-nearest's",
+                    charts.windows(results),
+                ),
             ],
         ),
         Section(

@@ -1,0 +1,219 @@
+"""The page of a run, from a run folder that was never computed; looked at by a browser where there is one."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from tiny_models import add_outliers_, tiny_model, token_ids
+
+from cbq.cli import conf_dir, flatten
+from cbq.errors import InputError
+from cbq.preprocess.cfp import CoarseToFine
+from cbq.preprocess.none import NoPreprocessing
+from cbq.quant.linear import quant_linears
+from cbq.quant.scheme import QuantScheme
+from cbq.quant.state import QuantState
+from cbq.quantized import make_quantizable_
+from cbq.report import run_report
+from cbq.report.observer import on_grid
+from cbq.report.run_page import read_json, reproduce, write_run_page
+from cbq.report.run_report import RunReport
+from cbq.results import write_results
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FIGURES = [
+    "changed",
+    "curves",
+    "error",
+    "memory",
+    "outliers_activations",
+    "outliers_weights",
+    "signal_to_noise",
+    "time",
+]
+FIGURES += ["weights", "windows"]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, result: Callable[..., dict]) -> Path:
+    """A finished run of two windows over four blocks, with everything that a page shows."""
+    windows = [
+        {"start": start, "stop": start + 2, "rec_loss_first": 2.0, "rec_loss_last": 1.0, "rec_loss_rtn": 2.5}
+        | {"changed_integers": 0.1, "guard": None, "wall_time_seconds": 3.0}
+        for start in (0, 2)
+    ]
+    results = result() | {
+        "method": "cbq",
+        "zero_shot": {"piqa": {"full_precision": {"acc": 0.5}, "quantized": {"acc": 0.25}}},
+        "agreement": {
+            "embedded": {"kl_divergence": 0.5, "top1": 0.75, "block_snr_db": [9.0, 8.0, 7.0, 6.0]}
+            | {"rtn": {"block_snr_db": [8.0, 6.0, 4.0, 2.0]}}
+        },
+        "windows": windows,
+        "effective_bits": 4.25,
+        "protocol": {"calibration": {"name": "c4"}},
+    }
+    results["cost"] |= {"wall_time_seconds": 99.0, "evaluation_seconds": 1.0, "calibration_tokens": 2048}
+    write_results(tmp_path, results)
+    lines = ["cbq_step,window,loss/rec,beta,memory/host"]
+    lines += [f"{step},{step // 8},{1 / (step + 1)},{'' if step % 8 < 2 else 20.0},0.5" for step in range(16)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    lines = ["block,cbq_step,error/mlp.up,changed/mlp.up", *(f"{block},7,0.0{block},0.{block}" for block in range(4))]
+    (tmp_path / "blocks.csv").write_text("\n".join(lines) + "\n")
+
+    model = tiny_model("llama")
+    make_quantizable_(model, model.model.layers, QuantScheme(4, 16))
+    report = RunReport()
+    report.begin(tmp_path, Console(quiet=True))
+    with report.preprocessing(model, model.model.layers, token_ids(), NoPreprocessing()):
+        pass
+    report.finish_blocks(model.model.layers, range(4))
+    (tmp_path / "report" / "texts.json").write_text(json.dumps({"texts": {"before": "a <b> & \u001b[31m"}}))
+    return tmp_path
+
+
+def test_page_holds_everything_and_asks_no_network(run_folder):
+    page = write_run_page(run_folder).read_text(encoding="utf-8")
+    assert len(page.encode()) < 3_000_000
+    assert sorted(re.findall(r'class="chart" id="figure-(\w+)"', page)) == sorted(FIGURES)
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', markup), "nothing is fetched"
+    targets = re.findall(r'href="#([^"]+)"', markup)
+    identifiers = re.findall(r'id="([^"]+)"', markup)
+    assert len(targets) == 8
+    assert set(targets) <= set(identifiers)
+    assert len(identifiers) == len(set(identifiers))
+    assert "a &lt;b&gt; &amp; \N{REPLACEMENT CHARACTER}[31m" in markup
+    for cell in ("16", "98.2%", "4.250", "1:39", "2,048 tokens of c4", "piqa acc", "0.250"):
+        assert f"<td>{cell}</td>" in markup
+    files = sorted(path.name for path in (run_folder / "report" / "figures").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
+    for name in FIGURES:
+        assert ElementTree.parse(run_folder / "report" / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert (run_folder / "report" / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", [0, 1], ids=["dark", "light"])
+def test_a_browser_draws_every_chart_without_an_error(run_folder, theme):
+    path = write_run_page(run_folder)
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += [
+        f"--blink-settings=preferredColorScheme={theme}",
+        "--window-size=500,800",
+        "--virtual-time-budget=20000",
+    ]
+    found = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=300, check=True)
+    assert [line for line in found.stderr.splitlines() if "CONSOLE" in line] == []
+    assert 'data-drawn="yes"' in found.stdout
+    drawn = re.findall(r'id="figure-(\w+)"[^>]*>.*?<svg [^>]*width="(\d+)"', found.stdout, flags=re.DOTALL)
+    assert {name for name, _ in drawn} == set(FIGURES)
+    assert all(200 < int(width) <= 500 for _, width in drawn), drawn
+
+
+def test_page_of_a_run_with_results_alone(tmp_path, run_folder):
+    for name in ("metrics.csv", "blocks.csv"):
+        (run_folder / name).unlink()
+    shutil.rmtree(run_folder / "report")
+    page = write_run_page(run_folder).read_text(encoding="utf-8")
+    assert re.findall(r'class="chart" id="figure-(\w+)"', page) == ["windows", "signal_to_noise", "time"]
+
+
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_no_page_of_a_run_that_is_not_finished(tmp_path, result, status):
+    write_results(tmp_path, result(status=status))
+    with pytest.raises(InputError, match=f"holds no finished run: its results.json says '{status}'"):
+        write_run_page(tmp_path)
+
+
+def test_a_failure_to_draw_is_said_in_a_line(tmp_path, monkeypatch, capsys):
+    def fail(folder: Path) -> None:
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr(run_report, "write_run_page", fail)
+    report = RunReport()
+    report.begin(tmp_path, Console())
+    report.finish({"before": "a"})
+    assert capsys.readouterr().out == "no report: RuntimeError: no fonts\n"
+
+
+def test_outliers_before_and_after_against_a_plain_look_at_the_model(tmp_path):
+    """Maxima of a hooked forward, before and after; the planted outlier lies above the threshold, and comes down."""
+    model = tiny_model("llama")
+    add_outliers_(model, 50.0)
+    make_quantizable_(model, model.model.layers, QuantScheme(4, 16))
+    tokens = token_ids(num_segments=4)
+    seen: list[torch.Tensor] = []
+    norm = model.model.layers[1].input_layernorm
+    hook = norm.register_forward_hook(lambda module, args, output: seen.append(output.abs().amax((0, 1))))
+    report = RunReport()
+    report.begin(tmp_path, Console(quiet=True))
+    model(tokens)
+    with report.preprocessing(model, model.model.layers, tokens, CoarseToFine(weights=True, activations=True)):
+        CoarseToFine(weights=True, activations=True).apply_(model, model.model.layers, tokens)
+    seen[1:] = []
+    model(tokens)
+    hook.remove()
+    found = read_json(tmp_path / "report" / "outliers.json")
+    assert [each["block"] for each in found["activations"]] == [block for block in range(4) for _ in range(4)]
+    (place,) = [x for x in found["activations"] if (x["block"], x["name"]) == (1, "input_layernorm")]
+    assert place["channels"] == list(range(64))
+    assert place["before"] == pytest.approx(seen[0].tolist(), rel=1e-3)
+    assert place["after"] == pytest.approx(seen[1].tolist(), rel=1e-3)
+    assert place["before"][3] > place["threshold"] > place["coarse_threshold"] / 10
+    assert place["after"][3] < 0.5 * place["before"][3]
+    linear = model.model.layers[2].mlp.up_proj
+    (rows,) = [x for x in found["weights"] if (x["block"], x["name"]) == (2, "mlp.up_proj")]
+    assert max(rows["after"]) <= linear.weight.abs().max() * 1.001
+
+
+def test_weights_on_the_grid_by_hand():
+    model = tiny_model("llama")
+    make_quantizable_(model, model.model.layers, QuantScheme(2, 16))
+    linear = quant_linears(model.model.layers[0])[0]
+    linear.state = QuantState.LEARNED
+    found = on_grid(linear)
+    assert (found["low"], found["high"], len(found["weights"])) == (-1, 4, 20)
+    assert sum(found["weights"]) == sum(found["integers"]) == linear.weight.numel()
+    positions = [
+        w / s + z
+        for row, s, z in zip(
+            linear.weight.tolist(),
+            linear.weight_quantizer.scale.flatten().tolist(),
+            linear.weight_quantizer.zero_point.flatten().tolist(),
+            strict=True,
+        )
+        for w in row
+    ]
+    assert found["weights"][6] == pytest.approx(sum(0.5 <= x < 0.75 for x in positions), abs=2)
+    assert found["integers"] == [int((linear.integers() == integer).sum()) for integer in range(4)]
+
+
+def test_the_printed_command_composes_the_same_configuration():
+    """Of a run with overrides of every kind of value."""
+    words = ["model=pico", "quant=w4a4", "preprocess=cfp", "rounding=lora_ste", "calibration.num_segments=7", "seed=3"]
+    words += ["cbd.window=4", "cbd.overlap=2", "evaluation.tasks=[piqa,ethics]", "evaluation.cache_dir='a b'"]
+    words += ["'quant.overrides=[{linears: \".*down_proj\", weight_bits: 8}]'".strip("'"), "reconstruction.epochs=2"]
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("config", overrides=words)
+        settings = flatten(config) | {"model": "pico", "quant": "w4a4", "preprocess": "cfp", "rounding": "lora_ste"}
+        environment = {"git_commit": "abc-dirty", "cbq": "0.1"}
+        text = reproduce({"settings": settings, "environment": environment, "seed": 3})
+        first, command = text.replace("\\\n", " ").splitlines()
+        assert first == "git checkout abc  # and the changes that were not committed"
+        assert shlex.split(command)[:2] == ["python", "run.py"]
+        again = compose("config", overrides=shlex.split(command)[2:])
+    drop = ("runner",)
+    plain = [OmegaConf.to_container(each, resolve=False) for each in (config, again)]
+    assert {k: v for k, v in plain[0].items() if k not in drop} == {k: v for k, v in plain[1].items() if k not in drop}
