@@ -54,6 +54,18 @@ def finish(folder: Path, scheme: QuantScheme, dtype: str = "float32") -> LoadedM
     return loaded
 
 
+def test_weights_are_in_files_of_a_limited_size(tiny_llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("cbq.checkpoint.SHARD_SIZE", "100KB")
+    saved = finish(tiny_llama_folder, QuantScheme(4, 4))
+    save_checkpoint(saved.model, saved.tokenizer, tmp_path)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 4
+    largest = max(tensor.nbytes for tensor in saved.model.state_dict().values())
+    assert all(file.stat().st_size < max(100_000, largest) + 10_000 for file in files)
+    expected = logits(saved.model)
+    assert torch.equal(logits(load_checkpoint(tmp_path).model), expected)
+
+
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits

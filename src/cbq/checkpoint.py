@@ -42,6 +42,7 @@ from cbq.quant.stored import check_stored_number, check_stored_weight
 
 QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
+SHARD_SIZE = "5GB"  # of the largest file of weights
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -74,7 +75,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         if name not in inside and ".act_quantizer." not in name and ".qkv_quantizer." not in name
     }
     with quiet_transformers():
-        model.save_pretrained(folder, state_dict=to_stored(model.config, state, list(schemes)))
+        stored = to_stored(model.config, state, list(schemes))
+        model.save_pretrained(folder, state_dict=stored, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
     file = folder / QUANTIZED_FILE
     file.parent.mkdir(parents=True, exist_ok=True)

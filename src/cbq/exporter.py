@@ -124,7 +124,8 @@ class Export:
         """
         schemes = quantized_schemes(loaded.model)
         try:
-            engine = self.format.load_engine(folder, schemes, loaded.model.device)
+            # Where the blocks are: what is too large for the device is too large for it here as well.
+            engine = self.format.load_engine(folder, schemes, next(loaded.blocks.parameters()).device)
         except (InputError, OSError) as error:
             raise Disagreement(f"{self.format.engine} does not load the export, so it is not kept: {error}") from error
         if engine is None:

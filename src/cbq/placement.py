@@ -40,12 +40,18 @@ def place_(model: PreTrainedModel, device: torch.device, offload: bool | str = "
     if device.type == "cpu":
         return False
     if offload == "auto":
-        offload = model_bytes(model) > RESIDENT_SHARE * free_device_bytes(device)
+        offload = not fits(model, device)
     if offload:
         offload_(model, get_blocks(model), device)
     else:
         model.to(device)
     return offload
+
+
+def fits(model: PreTrainedModel, device: torch.device) -> bool:
+    """Return whether the whole of a model can be on a device, with room for what computes with it."""
+    torch.cuda.empty_cache()  # what an earlier run of this process has given back is not free to the device
+    return model_bytes(model) <= RESIDENT_SHARE * free_device_bytes(device)
 
 
 def model_bytes(model: PreTrainedModel) -> int:

@@ -1,5 +1,6 @@
 """What engines compute, told before calibration."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cbq.errors import InputError
-from cbq.export.targets import VLLM, AutoRound, NoTarget, Transformers
+from cbq.export.targets import VLLM, AutoRound, NoTarget, Target, Transformers
 from cbq.quant.linear import make_act_quantizer
 from cbq.quant.quantizer import WeightQuantizer
 from cbq.quant.scheme import QuantScheme
@@ -42,17 +44,63 @@ def test_what_an_engine_cannot_run_is_refused_with_the_nearest(target, scheme, s
     assert said in str(error_info.value)
 
 
-def test_the_nearest_is_accepted():
-    """What a refusal recommends is not refused again."""
-    for target in (Transformers(), VLLM(), AutoRound()):
-        for weight_bits, act_bits, group_size in product(range(2, 9), (4, 6, 8, 16), (-1, 16, 32, 256)):
-            options = {"weight_bits": weight_bits, "act_bits": act_bits, "group_size": group_size}
-            try:
-                target.constrain(QuantScheme(**options))
-            except InputError as error:
-                advice = str(error).partition("the nearest that it can: ")[2].split()
-                pairs = [word.removeprefix("quant.").split("=") for word in advice]
-                target.constrain(QuantScheme(**options | {key: int(value) for key, value in pairs}))
+def refusal(target: Target, scheme: QuantScheme) -> str | None:
+    """Return what a target says of a scheme that it cannot run."""
+    try:
+        target.constrain(scheme)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+CHOICES = {
+    "weight_bits": (2, 3, 4, 5, 6, 7, 8, 16),
+    "act_bits": (4, 6, 8, 16),
+    "group_size": (-1, 16, 32, 48, 128, 256),
+    "symmetric": (False, True),
+    "act_granularity": ("token", "tensor"),
+    "qkv_bits": (4, 16),
+}
+
+
+@pytest.mark.parametrize("target", [Transformers(), VLLM(), AutoRound()], ids=lambda target: target.name)
+def test_the_nearest_is_accepted_and_no_farther_than_it_must_be(target):
+    """Of every scheme: what a refusal recommends is not refused again, and none of it can be left out."""
+    refused = 0
+    for values in product(*CHOICES.values()):
+        options = dict(zip(CHOICES, values, strict=True))
+        said = refusal(target, QuantScheme(**options))
+        if said is None:
+            continue
+        refused += 1
+        advice = said.partition("the nearest that it can: ")[2].split()
+        pairs = dict(word.removeprefix("quant.").split("=") for word in advice)
+        changed = {key: type(options[key])(value) for key, value in pairs.items()}
+        assert changed
+        assert refusal(target, QuantScheme(**options | changed)) is None, (options, changed)
+        for key in changed:
+            less = options | {name: value for name, value in changed.items() if name != key}
+            in_full_precision = less["weight_bits"] == less["act_bits"] == 16
+            assert in_full_precision or refusal(target, QuantScheme(**less)), (options, changed, key)
+    assert refused > 700
+
+
+@pytest.mark.parametrize("target", [Transformers(), VLLM(), AutoRound()], ids=lambda target: target.name)
+@pytest.mark.parametrize("override", [{"weight_bits": 3}, {"act_bits": 6}, {"group_size": 48}, {"weight_bits": 16}])
+def test_of_an_override_the_nearest_is_the_override_to_type(target, override):
+    bits = (4, 16) if target.name == "autoround" else (8, 8)
+    overrides = [{"linears": r"blocks\.-1\..*", "weight_bits": 4}, {"linears": ".*down_proj", **override}]
+    scheme = QuantScheme(*bits, overrides=overrides)
+    said = refusal(target, scheme)
+    if said is None:
+        assert target.name == "transformers" or override["weight_bits"] in (3, 16)
+        return
+    assert "quant.overrides make of '.*down_proj'" in said
+    typed = said.partition("the nearest that it can: '")[2].removesuffix("'")
+    parsed = OverridesParser.create().parse_override(typed).value()  # as the command line reads it
+    corrected = [{str(key): str(v) if key == "linears" else v for key, v in each.items()} for each in parsed]
+    assert corrected[0] == overrides[0]
+    assert refusal(target, replace(scheme, overrides=corrected)) is None
 
 
 def test_constraints():

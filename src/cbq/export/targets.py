@@ -6,7 +6,7 @@ CPU (docs/export.md).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from cbq.errors import InputError
@@ -41,11 +41,20 @@ class Target(ABC):
         Raises:
             InputError: it has no kernels for bits, groups or granularity.
         """
-        if scheme.quantizes_qkv:
-            raise InputError(f"target={self.name} does not quantize queries, keys and values: quant.qkv_bits=16")
-        base = self.constrain_linear(replace(scheme, overrides=()))
+        plain = replace(scheme, overrides=())
+        runnable = self.nearest(replace(plain, qkv_bits=FULL_PRECISION_BITS))
+        if runnable != plain:
+            said = " ".join(f"quant.{name}={value}" for name, value in changes(plain, runnable).items())
+            raise InputError(f"target={self.name} cannot run {plain.label}; the nearest that it can: {said}")
+        base = self.constrain_linear(plain)
         overrides = []
-        for override, wanted in zip(scheme.overrides, scheme.overridden(), strict=True):
+        for number, (override, wanted) in enumerate(zip(scheme.overrides, scheme.overridden(), strict=True)):
+            if (runnable := self.nearest(wanted)) != wanted:
+                said = typed(scheme.overrides, number, changes(wanted, runnable))
+                raise InputError(
+                    f"target={self.name} cannot run {wanted.label}, which quant.overrides make of "
+                    f"{override['linears']!r}; the nearest that it can: {said}"
+                )
             found = self.constrain_linear(wanted)
             different = {
                 name: getattr(found, name) for name in OF_LINEARS if getattr(found, name) != getattr(base, name)
@@ -64,37 +73,28 @@ class Target(ABC):
             InputError: the engine computes something else for one.
         """
         for name, scheme in schemes.items():
-            try:
-                same = self.constrain_linear(scheme) == scheme
-            except InputError:
-                same = False
-            if not same:
-                raise InputError(f"target={self.name} cannot run {name} as quant.overrides make it: {scheme.label}")
+            runnable = self.nearest(scheme)
+            if self.constrain_linear(runnable) != scheme:
+                raise InputError(
+                    f"target={self.name} cannot run {name} as quant.overrides make it: {scheme.label}; "
+                    f"the nearest that it can: {runnable.label}"
+                )
+
+    def nearest(self, scheme: QuantScheme) -> QuantScheme:
+        """Return the nearest scheme that the engine has kernels for: where it has, or in full precision, the same."""
+        return self.nearest_quantized(scheme) if scheme.is_quantized else scheme
 
     def constrain_linear(self, scheme: QuantScheme) -> QuantScheme:
-        """Return the scheme that the engine computes for a linear; one in full precision stays.
+        """Return what the engine computes for a linear whose scheme it has kernels for; full precision stays."""
+        return self.constrain_quantized(scheme) if scheme.is_quantized else replace(scheme, act_denominator=None)
 
-        Raises:
-            InputError: see `constrain`.
-        """
-        if not scheme.is_quantized:
-            return replace(scheme, act_denominator=None)
-        if not scheme.quantizes_weights:
-            raise self.refusal(scheme, weight_bits=8, act_bits=8)
-        return self.constrain_quantized(scheme)
+    @abstractmethod
+    def nearest_quantized(self, scheme: QuantScheme) -> QuantScheme:
+        """Return the nearest scheme that the engine has kernels for, with quantized weights."""
 
     @abstractmethod
     def constrain_quantized(self, scheme: QuantScheme) -> QuantScheme:
-        """Return the scheme that the engine computes for a linear whose weights, at least, are quantized.
-
-        Raises:
-            InputError: see `constrain`.
-        """
-
-    def refusal(self, scheme: QuantScheme, **nearest: object) -> InputError:
-        """Return the error that names the nearest scheme."""
-        options = " ".join(f"quant.{name}={value}" for name, value in nearest.items() if value != getattr(scheme, name))
-        return InputError(f"target={self.name} cannot run {scheme.label}; the nearest that it can: {options}")
+        """Return what the engine computes for a linear whose scheme, with quantized weights, it has kernels for."""
 
 
 class Transformers(Target):
@@ -105,6 +105,9 @@ class Transformers(Target):
     """
 
     name = "transformers"
+
+    def nearest_quantized(self, scheme: QuantScheme) -> QuantScheme:
+        return scheme if scheme.quantizes_weights else replace(scheme, weight_bits=8)
 
     def constrain_quantized(self, scheme: QuantScheme) -> QuantScheme:
         symmetric = scheme.symmetric or not scheme.quantizes_activations
@@ -129,16 +132,15 @@ class VLLM(Target):
             raise InputError(f"target.scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {scale_dtype!r}")
         self.scale_dtype = scale_dtype
 
+    def nearest_quantized(self, scheme: QuantScheme) -> QuantScheme:
+        if not scheme.quantizes_activations:
+            return replace(scheme, weight_bits=4, group_size=closest(scheme.group_size, self.group_sizes))
+        bits = closest(scheme.weight_bits, (4, 8))
+        return replace(scheme, weight_bits=bits, act_bits=8, group_size=-1, act_granularity="token")
+
     def constrain_quantized(self, scheme: QuantScheme) -> QuantScheme:
         if not scheme.quantizes_activations:
-            if scheme.weight_bits != 4 or scheme.group_size not in self.group_sizes:
-                raise self.refusal(scheme, weight_bits=4, group_size=nearest(scheme.group_size, self.group_sizes))
             return replace(scheme, act_denominator=None, scale_dtype=self.scale_dtype)
-        if (scheme.act_bits, scheme.group_size, scheme.act_granularity) != (8, -1, "token") or (
-            scheme.weight_bits not in (4, 8)
-        ):
-            bits = nearest(scheme.weight_bits, (4, 8))
-            raise self.refusal(scheme, weight_bits=bits, act_bits=8, group_size=-1, act_granularity="token")
         integer_products = scheme.weight_bits == 8
         return replace(
             scheme,
@@ -158,23 +160,42 @@ class AutoRound(Target):
     weight_bits = (2, 3, 4, 8)
     group_sizes = (-1, 32, 64, 128)
 
+    def nearest_quantized(self, scheme: QuantScheme) -> QuantScheme:
+        return replace(
+            scheme,
+            weight_bits=closest(scheme.weight_bits, self.weight_bits),
+            act_bits=FULL_PRECISION_BITS,
+            group_size=closest(scheme.group_size, self.group_sizes),
+        )
+
     def constrain_quantized(self, scheme: QuantScheme) -> QuantScheme:
-        known = scheme.weight_bits in self.weight_bits and scheme.group_size in self.group_sizes
-        if scheme.quantizes_activations or not known:
-            raise self.refusal(
-                scheme,
-                weight_bits=nearest(scheme.weight_bits, self.weight_bits),
-                act_bits=FULL_PRECISION_BITS,
-                group_size=nearest(scheme.group_size, self.group_sizes),
-            )
         return replace(scheme, symmetric=True, act_denominator=None, scale_dtype="float16")
 
 
-def nearest(value: int, choices: tuple[int, ...]) -> int:
+def changes(scheme: QuantScheme, runnable: QuantScheme) -> dict[str, object]:
+    """Return the fields in which another scheme differs, with their values there."""
+    values = {field.name: getattr(runnable, field.name) for field in fields(QuantScheme)}
+    return {name: value for name, value in values.items() if value != getattr(scheme, name)}
+
+
+def typed(overrides: Sequence[Mapping], number: int, changed: Mapping) -> str:
+    """Return `quant.overrides=` as it is typed in a shell, one of the overrides changed.
+
+    Example:
+        >>> print(typed([{"linears": ".*o_proj", "weight_bits": 2}], 0, {"weight_bits": 4}))
+        'quant.overrides=[{linears: ".*o_proj", weight_bits: 4}]'
+    """
+    wanted = [override | changed if index == number else override for index, override in enumerate(overrides)]
+    items = [{key: f'"{value}"' if key == "linears" else value for key, value in each.items()} for each in wanted]
+    said = ", ".join("{" + ", ".join(f"{key}: {value}" for key, value in item.items()) + "}" for item in items)
+    return f"'quant.overrides=[{said}]'"
+
+
+def closest(value: int, choices: tuple[int, ...]) -> int:
     """Return the choice that is closest to a value, the larger one of two.
 
     Example:
-        >>> nearest(6, (2, 3, 4, 8)), nearest(16, (-1, 32, 64, 128))
+        >>> closest(6, (2, 3, 4, 8)), closest(16, (-1, 32, 64, 128))
         (8, 32)
     """
     return value if value in choices else min(choices, key=lambda choice: (abs(choice - value), -choice))
