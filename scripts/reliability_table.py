@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A test -> what it does, and what surviving means.
 KILLS = {
     "test_killed_at_random_moments": ("SIGKILL at a random moment, again and again until the run ends", "same bits"),
-    "test_killed_at_every_write": ("SIGKILL before or after each call that changes the disk", "same bits"),
+    "test_killed_at_writes": ("SIGKILL right before or after a call that changes the disk", "same bits"),
     "test_asked_to_end[sigint": ("SIGINT at a random moment", "exit code 130, says how to go on, same bits"),
     "test_asked_to_end[sigterm": ("SIGTERM at a random moment", "exit code 143, says how to go on, same bits"),
     "test_a_full_disk": ("the disk is full from some point on", "one line; with room, same bits"),
