@@ -86,7 +86,7 @@ def quantize(config: DictConfig) -> None:
             elif HydraConfig.get().mode is RunMode.MULTIRUN and folder.is_free():  # a cell of a table, which shows it
                 folder.start(failed_results(config, settings, error))
             if isinstance(error, KeyboardInterrupt) and runner is not None and runner.results:
-                print(f"cbq: to go on: cbq resume={folder.path}", file=sys.stderr)
+                print(f"cbq: to go on: cbq resume={shlex.quote(str(folder.path))}", file=sys.stderr)
             raise
 
 
