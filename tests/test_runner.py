@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cbq
 from cbq.cli import conf_dir, flatten
+from cbq.errors import InputError
 from cbq.models.loading import embedded_folder
 from cbq.quant.linear import QuantLinear, effective_bits, fuse
 from cbq.quant.scheme import QuantScheme
@@ -267,3 +268,13 @@ def test_effective_bits_by_hand():
     model = torch.nn.Sequential(*(fuse(QuantLinear(torch.nn.Linear(8, 10), scheme)) for scheme in schemes))
     by_hand = (80 * 2 + 10 * (16 + 2)) + (80 * 4 + 20 * 16) + 80 * 16
     assert effective_bits(model) == by_hand / 240
+
+
+@pytest.mark.parametrize("preprocess", ["omse", "percentile", "cfp_omse"])
+def test_ranges_that_an_engine_does_not_keep_are_refused_before_any_work(tmp_path, preprocess):
+    overrides = ["quant=w8a8", "target=vllm", f"preprocess={preprocess}"]
+    if preprocess == "cfp_omse":  # which leaves activations alone
+        overrides.append("preprocess.steps.clip.activations=true")
+    with pytest.raises(InputError, match=r"preprocess\.activations must be false"):
+        run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()

@@ -26,8 +26,8 @@ from cbq.exporter import Export, NoExport
 from cbq.method import Method
 from cbq.models.loading import LoadedModel
 from cbq.placement import check_offload, place_
-from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.statistics import expert_tokens, set_act_ranges_
+from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import effective_bits
 from cbq.quant.scheme import QuantScheme, changes
 from cbq.quant.state import QuantState, quant_state
@@ -82,7 +82,7 @@ class Runner:
         self,
         load_model: Callable[[], LoadedModel],
         scheme: QuantScheme,
-        preprocess: NoPreprocessing,
+        preprocess: Preprocessing,
         windows: SlidingWindows,
         solver: WindowSolver,
         calibration: Calibration,
@@ -194,6 +194,7 @@ class Runner:
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
+        self.preprocess.check(loaded.blocks)
         self.offload = place_(loaded.model, self.device, self.offload)
         check_computes(loaded.model, loaded.blocks, segments)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)

@@ -7,15 +7,20 @@ from tiny_models import tiny_model
 from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.preprocess.by_scheme import ByScheme
+from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import quantize_linears_
 from cbq.quant.scheme import QuantScheme
 
 SEGMENTS = torch.zeros(1, 4, dtype=torch.long)
 
 
-class Step:
+class Step(Preprocessing):
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+        self.checked: list[object] = []
+
+    def check(self, blocks) -> None:
+        self.checked.append(blocks)
 
     def apply_(self, *arguments) -> None:
         self.calls.append(arguments)
@@ -38,6 +43,9 @@ def test_the_scheme_decides(scheme, activations):
     ByScheme(weights, both).apply_(model, blocks, SEGMENTS, "a place")
     assert (both if activations else weights).calls == [(model, blocks, SEGMENTS, "a place")]
     assert (weights if activations else both).calls == []
+    ByScheme(weights, both).check(blocks)
+    assert (both if activations else weights).checked == [blocks]
+    assert (weights if activations else both).checked == []
 
 
 def test_what_is_no_step():

@@ -32,6 +32,14 @@ def test_a_chain_is_its_steps_in_order(tiny_llama_folder: Path) -> None:
     assert any(not torch.equal(mine[name], tensor) for name, tensor in wrong_order.state_dict().items())
 
 
+def test_a_chain_refuses_what_a_step_refuses(tiny_llama_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    quantize_linears_(get_blocks(model), QuantScheme(4, 4, engine_activations=True))
+    Chain({"scale": SmoothQuant(), "clip": SmallestError(activations=False)}).check(get_blocks(model))
+    with pytest.raises(InputError, match=r"preprocess\.activations must be false"):
+        Chain({"scale": SmoothQuant(), "clip": SmallestError()}).check(get_blocks(model))
+
+
 def test_no_steps() -> None:
     with pytest.raises(InputError, match="at least one step"):
         Chain({})

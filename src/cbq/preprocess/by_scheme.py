@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from cbq.errors import InputError
-from cbq.preprocess.chain import Preprocessing
+from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import QuantLinear
 from cbq.streams.places import ON_DEVICE, Place
 
 
-class ByScheme:
+class ByScheme(Preprocessing):
     """Applies the one of two steps that is for what the model quantizes.
 
     Args:
@@ -22,10 +22,13 @@ class ByScheme:
 
     def __init__(self, weights: Preprocessing, activations: Preprocessing) -> None:
         for name, step in (("weights", weights), ("activations", activations)):
-            if not callable(getattr(step, "apply_", None)):
+            if not isinstance(step, Preprocessing):
                 raise InputError(f"preprocess {name} must be a step of preprocessing, got {step!r}")
         self.weights = weights
         self.activations = activations
+
+    def check(self, blocks: nn.ModuleList) -> None:
+        self.step(blocks).check(blocks)
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights, or the ranges of their quantizers.
@@ -36,7 +39,10 @@ class ByScheme:
             segments: calibration token ids, (N, T).
             place: where streams are kept meanwhile.
         """
+        self.step(blocks).apply_(model, blocks, segments, place)
+
+    def step(self, blocks: nn.ModuleList) -> Preprocessing:
+        """Return the one that is for what the blocks quantize."""
         linears = (module for module in blocks.modules() if isinstance(module, QuantLinear))
         quantized = any(linear.scheme.quantizes_activations for linear in linears)
-        step = self.activations if quantized else self.weights
-        step.apply_(model, blocks, segments, place)
+        return self.activations if quantized else self.weights

@@ -14,6 +14,7 @@ from cbq.models.families import scaling_pairs
 from cbq.models.pairs import ScalingPair
 from cbq.preprocess.outliers import RESERVED, largest_reserved
 from cbq.preprocess.statistics import InputStatistics, input_statistics, no_statistics
+from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import QuantLinear
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -79,7 +80,7 @@ TRUNCATIONS: dict[str, Callable[[QuantLinear, torch.Tensor], torch.Tensor]] = {
 }
 
 
-class CoarseToFine:
+class CoarseToFine(Preprocessing):
     """The paper's preprocessing.
 
     Args:

@@ -1,23 +1,16 @@
 """Several steps of preprocessing, one after the other."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from cbq.errors import InputError
+from cbq.preprocess.step import Preprocessing
 from cbq.streams.places import ON_DEVICE, Place
 
 
-class Preprocessing(Protocol):
-    """What changes a model before anything is learned."""
-
-    def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
-        """Change the blocks' weights, or the ranges of their quantizers."""
-
-
-class Chain:
+class Chain(Preprocessing):
     """Applies steps in order: what scales channels comes before what sets ranges, since scaling sets them anew.
 
     Args:
@@ -31,9 +24,13 @@ class Chain:
         if not steps:
             raise InputError("preprocess.steps must name at least one step")
         for name, step in steps.items():
-            if not callable(getattr(step, "apply_", None)):
+            if not isinstance(step, Preprocessing):
                 raise InputError(f"preprocess.steps.{name} must be a step of preprocessing, got {step!r}")
         self.steps = list(steps.values())
+
+    def check(self, blocks: nn.ModuleList) -> None:
+        for step in self.steps:
+            step.check(blocks)
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights and the ranges of their quantizers.

@@ -3,7 +3,7 @@
 Shapes: O out_features, I in_features, G groups a row, g group size, S tokens of a sample.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from cbq.errors import InputError, check_flag
 from cbq.preprocess.statistics import InputStatistics, input_statistics
+from cbq.preprocess.step import Preprocessing
 from cbq.quant.affine import to_groups
 from cbq.quant.linear import QuantLinear
 from cbq.quant.quantizer import ActQuantizer, WeightQuantizer, act_quantizers
@@ -77,7 +78,7 @@ def clip_for_outputs(quantizer: WeightQuantizer, weight: torch.Tensor, sample: t
     return torch.cat([best_clip(quantizer, some, error) for some in weight.split(ROWS_AT_ONCE)])
 
 
-class Clipping(ABC):
+class Clipping(Preprocessing):
     """Sets smaller ranges for weights and for activations.
 
     Args:
@@ -95,6 +96,13 @@ class Clipping(ABC):
         check_flag("preprocess.activations", activations)
         self.weights, self.activations = weights, activations
 
+    def check(self, blocks: nn.ModuleList) -> None:
+        if self.activations and any(not quantizer.has_multiplier for quantizer in act_quantizers(list(blocks))):
+            raise InputError(
+                "preprocess.activations must be false with quant.engine_activations=true, as of a target: engines "
+                "cover the whole range of each token"
+            )
+
     @torch.no_grad()
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the ranges of the blocks' quantizers.
@@ -108,11 +116,7 @@ class Clipping(ABC):
         Raises:
             InputError: ranges of activations are wanted, where they are fixed.
         """
-        if self.activations and any(not quantizer.has_multiplier for quantizer in act_quantizers(list(blocks))):
-            raise InputError(
-                "preprocess.activations must be false with quant.engine_activations=true, as of a target: engines "
-                "cover the whole range of each token"
-            )
+        self.check(blocks)
         statistics = input_statistics(model, blocks, segments, place, self.num_samples)
         for block, of_linears in zip(blocks, statistics, strict=True):
             for name, inputs in of_linears.items():

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
+from cbq.preprocess.step import Preprocessing
 from cbq.streams.places import ON_DEVICE, Place
 
 
-class NoPreprocessing:
+class NoPreprocessing(Preprocessing):
     """Leaves the model as it came: the other end of every preprocessing ablation."""
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:

@@ -6,7 +6,7 @@ model computes what it did. They differ in the factor.
 Shapes: O out_features, I in_features, C channels of a producer, S tokens of a sample.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +24,7 @@ from cbq.models.families import scaling_pairs
 from cbq.models.pairs import ScalingPair
 from cbq.preprocess.clipping import clip_for_outputs
 from cbq.preprocess.statistics import InputStatistics, input_statistics
+from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import QuantLinear
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -31,7 +32,7 @@ NUM_SAMPLES = 512  # tokens that a search compares outputs on
 SMALLEST_SCALE = 1e-4
 
 
-class ChannelScaling(ABC):
+class ChannelScaling(Preprocessing):
     """Scales the channels between producers and consumers; a method gives the scale.
 
     Args:
