@@ -24,7 +24,7 @@ from cbq.errors import InputError, expanded, is_folder, one_line
 from cbq.hashes import hash_file, hash_tensors
 from cbq.models.attention import hook_attention_
 from cbq.models.engine import load_as_it_is
-from cbq.models.files import is_file
+from cbq.models.files import SHARD_SIZE, is_file
 from cbq.models.linears import to_linears_, to_stored
 from cbq.models.loading import (
     LoadedModel,
@@ -42,7 +42,6 @@ from cbq.quant.stored import check_stored_number, check_stored_weight
 
 QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
-SHARD_SIZE = "5GB"  # of the largest file of weights
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:

@@ -121,8 +121,7 @@ class Runner:
         self.tracker = tracker
         self.report = report
         self.profile = profile and profile(folder.path)
-        self.target = target
-        self.export = export
+        self.target, self.export = target, export
         self.folder = folder
         self.method = method
         self.settings = settings | {f"quant.{name}": value for name, value in self.constraints.items()}

@@ -81,3 +81,13 @@ def test_what_has_no_place_is_refused(finished, scheme, said):
 def test_an_engine_that_is_not_installed_is_none(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("cbq.export.gptq.find_spec", lambda name: None)
     assert AutoRound().load_engine(tmp_path, {}, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("bits", "group_size", "warned"), [(4, -1, 1), (4, 16, 1), (4, 32, 0), (3, -1, 0)])
+def test_what_no_cpu_kernel_runs_is_said(bits, group_size, warned):
+    """Of GPTQModel: the folder loads, and the first forward fails. AutoRound has kernels."""
+    schemes = {"a": QuantScheme(bits, 16, group_size=group_size, symmetric=True)}
+    found = [note for note in GPTQ().notes(schemes) if "does not run" in note]
+    assert len(found) == warned
+    assert not warned or f"CPU kernel does not run {schemes['a'].label}:" in found[0]
+    assert not any("does not run" in note for note in AutoRound().notes(schemes))

@@ -9,6 +9,7 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.models.families import find_family
+from cbq.models.files import SHARD_SIZE
 from cbq.models.loading import PreTrainedModel, PreTrainedTokenizerBase, quiet_transformers
 from cbq.quant.attention import qkv_quantizers
 from cbq.quant.linear import FusedLinear, QuantLinear, fused_linears
@@ -131,7 +132,7 @@ class Format(ABC):
         model.config.quantization_config = self.quantization_config(schemes, other_linears(model, schemes))
         try:
             with quiet_transformers():
-                model.save_pretrained(folder, state_dict=state)
+                model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
                 tokenizer.save_pretrained(folder)
         finally:
             del model.config.quantization_config

@@ -24,6 +24,7 @@ from cbq.quant.linear import FusedLinear, QuantLinear
 from cbq.quant.scheme import QuantScheme
 
 BITS = (2, 3, 4, 8)
+CPU_GROUPS = (32, 64, 128, 256)  # of 4 bits
 WORD = 32  # bits of an integer that holds several
 
 
@@ -121,7 +122,18 @@ class GPTQ(Format):
         ]
 
     def notes(self, schemes: Mapping[str, QuantScheme]) -> list[str]:
-        return ["Its kernels compute in float16: logits differ from those of cbq in their last digits."]
+        notes = ["Its kernels compute in float16: logits differ from those of cbq in their last digits."]
+        refused = {scheme.label for scheme in schemes.values() if not self.runs_on_cpu(scheme)}
+        if refused:
+            notes.append(
+                f"{self.engine}'s CPU kernel does not run {', '.join(sorted(refused))}: of 4 bits it takes groups of "
+                f"{', '.join(map(str, CPU_GROUPS))}. quant.group_size=32, or export=autoround."
+            )
+        return notes
+
+    def runs_on_cpu(self, scheme: QuantScheme) -> bool:
+        """Return whether the engine has a CPU kernel for a linear's scheme, among those that the layout has."""
+        return scheme.weight_bits != 4 or scheme.group_size in CPU_GROUPS
 
 
 class AutoRound(GPTQ):
@@ -130,6 +142,9 @@ class AutoRound(GPTQ):
     name = "autoround"
     engine = "auto-round"
     package = "auto_round"
+
+    def runs_on_cpu(self, scheme: QuantScheme) -> bool:
+        return True
 
     def quantization_config(self, schemes: Mapping[str, QuantScheme], others: list[str]) -> dict:
         scheme = self.only_scheme(schemes, others)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from cbq.errors import InputError, is_folder, one_line
 
+SHARD_SIZE = "5GB"  # of the largest file of weights that is written
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # No leading star before `.safetensors`: some repositories hold every weight a second time in another layout.
 HUB_PATTERNS = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja")
