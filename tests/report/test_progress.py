@@ -150,7 +150,7 @@ def test_a_wide_bar_shows_epochs_and_what_the_loss_is_held_against(clock, monkey
         Progress, "update", lambda *args, **fields: shown.append(fields["status"]) or update(*args, **fields)
     )
     run(Console(file=io.StringIO(), force_terminal=True, width=width), clock)
-    assert shown[STEPS - 1] == f"{held_against}  left 0:42"
+    assert shown[STEPS - 1] == f"{held_against}  left 0:40"
 
 
 def test_verbose_prints_every_epoch(clock):
