@@ -34,7 +34,7 @@ OUTPUTS = (
     ERROR_NAME,
 )
 # What may differ between two runs of one experiment; `runner` repeats the other groups.
-NOT_THE_EXPERIMENT = ("overwrite", "save_state", "tracking", "report", "activations", "offload", "runner")
+NOT_THE_EXPERIMENT = ("overwrite", "save_state", "verbosity", "tracking", "report", "activations", "offload", "runner")
 MANY = 3  # differences are not all named
 
 

@@ -73,6 +73,7 @@ class Runner:
         seed: of everything random.
         save_state: after every window, so that a run that is interrupted goes on from there.
         deterministic: the same bits every time, on a GPU too, where that is slower.
+        verbosity: of the terminal; see `LoggedConsole`.
 
     Raises:
         InputError: the seed is out of range; `run` raises it for everything else that the user gave.
@@ -100,6 +101,7 @@ class Runner:
         seed: int,
         save_state: bool = True,
         deterministic: bool = False,
+        verbosity: str = "normal",
     ) -> None:
         check_seed("seed", seed)
         check_flag("save_state", save_state)
@@ -128,7 +130,7 @@ class Runner:
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.deterministic = deterministic
-        self.console = LoggedConsole(highlight=False)
+        self.console = LoggedConsole(verbosity)
         self.track = partial(track, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.stopwatch = Stopwatch()
         self.recorder = RunRecorder(tracker)
@@ -252,9 +254,8 @@ class Runner:
         self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, plan: list[Window], place: Place
     ) -> list[WindowResult]:
         """Solve every window, shown and recorded; the blocks end fused."""
-        with self.stopwatch.phase("reconstruction"), WindowProgress(self.console) as progress:
-            steps = [self.solver.steps(len(segments))] * len(plan)
-            progress.start(len(plan), steps, self.recorder.window)
+        with self.stopwatch.phase("reconstruction"), WindowProgress(self.console, self.console.every_epoch) as progress:
+            progress.start(len(plan), [self.solver.steps(len(segments))] * len(plan), self.recorder.window)
             self.recorder.begin(plan, blocks)
             callbacks = [self.recorder.curves, progress, *([self.profile] if self.profile else [])]
 
@@ -278,8 +279,7 @@ class Runner:
         }
         self.tracker.log_blocks(agreement_rows(measured["agreement"]))
         self.tracker.table("windows", self.results["windows"])
-        shown = {key: self.results[key] for key in (*measured, "effective_bits", "cost")}
-        self.tracker.finish(summary_figures(shown))
+        self.tracker.finish(summary_figures({key: self.results[key] for key in (*measured, "effective_bits", "cost")}))
         write_results(self.folder.path, self.results)
         self.state.discard()
 

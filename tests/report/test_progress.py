@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch.utils.data import DataLoader, TensorDataset
 
 from cbq.reconstruction.result import WindowResult
@@ -37,6 +38,7 @@ class Module(L.LightningModule):
         self.window = SimpleNamespace(start=start, stop=stop)
         self.linear = torch.nn.Linear(4, 4)
         self.losses: dict[str, torch.Tensor] = {}
+        self.loss_at_start, self.loss_nearest = 3.0, 2.5
         self.clock, self.step_seconds, self.error = clock, step_seconds, error
 
     def training_step(self, batch, batch_idx):
@@ -95,9 +97,9 @@ def run(console: Console, clock: Clock, step_seconds: float = 1.0, error: BaseEx
 
 def test_plain_lines(clock):
     assert run(make_console(terminal=False), clock).splitlines() == [
-        "window 1/3  blocks 0-1  loss 2.5 (nearest) -> 1.25  21.0 s  left 0:42",
-        "window 2/3  blocks 1-2  loss 2.5 (nearest) -> 1.25  21.0 s  left 0:21",
-        "window 3/3  block 3  loss 2.5 (nearest) -> 1.25  21.0 s  left 0:00",
+        "window 1/3  blocks 0-1  loss 2.5 (nearest), 3 (start) -> 1.25  21.0 s  left 0:42",
+        "window 2/3  blocks 1-2  loss 2.5 (nearest), 3 (start) -> 1.25  21.0 s  left 0:21",
+        "window 3/3  block 3  loss 2.5 (nearest), 3 (start) -> 1.25  21.0 s  left 0:00",
     ]
 
 
@@ -105,8 +107,10 @@ def test_plain_lines_inside_long_windows(clock):
     lines = run(make_console(terminal=False), clock, step_seconds=2.0).splitlines()
     assert len(lines) == 6
     # The latest tenth: steps 13 and 14.
-    assert lines[0] == "window 1/3  blocks 0-1  step 15/20  loss 0.865  30.0 s  left 1:30"
-    assert lines[1] == "window 1/3  blocks 0-1  loss 2.5 (nearest) -> 1.25  41.0 s  left 1:22"
+    assert lines[0] == (
+        "window 1/3  blocks 0-1  epoch 2/2  step 15/20  loss 0.865 (start 3, nearest 2.5)  30.0 s  left 1:30"
+    )
+    assert lines[1] == "window 1/3  blocks 0-1  loss 2.5 (nearest), 3 (start) -> 1.25  41.0 s  left 1:22"
 
 
 def test_accumulated_batches_count_once(clock):
@@ -116,8 +120,8 @@ def test_accumulated_batches_count_once(clock):
         fit(progress, Module(0, 1, clock, 3.0, None), accumulate=5)
     # Two steps an epoch, each of 5 batches of 3 seconds.
     assert [line.split("  loss")[0] for line in console.file.getvalue().splitlines()] == [
-        "window 1/1  block 0  step 2/4",
-        "window 1/1  block 0  step 4/4",
+        "window 1/1  block 0  epoch 1/2  step 2/4",
+        "window 1/1  block 0  epoch 2/2  step 4/4",
     ]
 
 
@@ -134,6 +138,30 @@ def test_one_bar_on_a_terminal(clock):
         "window 3/3  block 3",
     ]
     assert re.fullmatch(r"window 3/3  block 3 +━{16} +100% +left 0:00", bar)
+
+
+@pytest.mark.parametrize(
+    ("width", "held_against"), [(140, "epoch 2/2  loss 0.815 (start 3, nearest 2.5)"), (80, "loss 0.815")]
+)
+def test_a_wide_bar_shows_epochs_and_what_the_loss_is_held_against(clock, monkeypatch, width, held_against):
+    shown: list[str] = []
+    update = Progress.update
+    monkeypatch.setattr(
+        Progress, "update", lambda *args, **fields: shown.append(fields["status"]) or update(*args, **fields)
+    )
+    run(Console(file=io.StringIO(), force_terminal=True, width=width), clock)
+    assert shown[STEPS - 1] == f"{held_against}  left 0:40"
+
+
+def test_verbose_prints_every_epoch(clock):
+    console = make_console(terminal=False)
+    with WindowProgress(console, every_epoch=True) as progress:
+        progress.start(num_windows=1, steps_per_window=[STEPS])
+        fit(progress, Module(0, 2, clock, 1.0, None))
+    assert [line.split("  loss")[0] for line in console.file.getvalue().splitlines()] == [
+        "window 1/1  blocks 0-1  epoch 1/2  step 10/20",
+        "window 1/1  blocks 0-1  epoch 2/2  step 20/20",
+    ]
 
 
 def test_the_bar_fits_80_columns(clock):
@@ -165,7 +193,7 @@ def test_a_window_that_stops_early_is_complete(clock):
         progress.start(num_windows=2, steps_per_window=[STEPS, STEPS])
         fit(progress, Module(0, 1, clock, 1.0, None), max_steps=5)
         progress.finish_window(solved(0, 1, 5.0))
-    assert console.file.getvalue() == "window 1/2  block 0  loss 2.5 (nearest) -> 1.25  5.0 s  left 0:05\n"
+    assert console.file.getvalue() == "window 1/2  block 0  loss 2.5 (nearest), 3 (start) -> 1.25  5.0 s  left 0:05\n"
 
 
 def test_a_window_where_nothing_is_learned_counts(clock):

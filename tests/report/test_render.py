@@ -2,7 +2,8 @@
 
 import pytest
 
-from cbq.report.render import html_table, latex, markdown, page
+from cbq.report.page import Section, render
+from cbq.report.render import html_cells, latex, markdown
 from cbq.report.sweep import SweepTable, sweep_table
 
 
@@ -21,14 +22,6 @@ def test_markdown(table):
     assert lines[5] == "| <d> | missing | missing | missing |"
 
 
-def test_html(table):
-    text = html_table(table)
-    assert "<b>16.50</b>" in text
-    assert "<td>a&amp;b_50%</td>" in text
-    assert "&lt;d&gt;" in text
-    assert text.count("<tr") == 5
-
-
 def test_latex(table):
     text = latex(table)
     assert r"a\&b\_50\% & 17.25 & 1725 & \textbf{1.00} \\" in text
@@ -37,9 +30,13 @@ def test_latex(table):
     assert text.count(r"\\") == 5
 
 
-def test_page_is_one_file(table):
-    text = page("a <title>", table, ["QUJD"], ["note & more"])
-    assert "a &lt;title&gt;" in text
-    assert "data:image/png;base64,QUJD" in text
+def test_cells_of_a_page(table):
+    text = render("a <title>", "2 rows", [Section("Table", tables=[html_cells(table)], notes=["note & more"])])
+    assert "<h1>a &lt;title&gt;</h1>" in text
+    assert "<td>a&amp;b_50%</td>" in text
+    assert "<td><b>16.50</b></td>" in text
+    assert "&lt;d&gt;" in text
+    assert text.count("<tr") == 5
     assert "note &amp; more" in text
     assert "http" not in text
+    assert "<script" not in text, "nothing to draw"

@@ -3,8 +3,8 @@
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +18,7 @@ from cbq.cli.reproduce import Reproduction
 from cbq.cli.stored import stored_group
 from cbq.models.loading import results_name
 from cbq.report.command import report_folder
+from cbq.report.runs import RunList
 from cbq.results import environment, failure
 from cbq.run_folder import CONFIG_NAME, RunFolder
 
@@ -32,6 +33,7 @@ class Command:
         argument: the option that a bare first word is a value of, if it takes one.
         fills_folder: hydra's output folder is its own, made for it.
         texts: options that are any text, which hydra would parse.
+        flags: short words for options.
     """
 
     config_name: str
@@ -39,6 +41,7 @@ class Command:
     argument: str | None = None
     fills_folder: bool = False
     texts: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
 
     def overrides(self, words: list[str]) -> list[str]:
         """Return what hydra is to be told for the words after the command's name; a path that is there is no option.
@@ -145,6 +148,12 @@ def reproduce(config: DictConfig) -> None:
     Reproduction(config.folder, config.out).run()
 
 
+def runs(config: DictConfig) -> None:
+    """List the finished runs below a folder."""
+    check_keys(config, "runs")
+    RunList(config.folder, config.sort).run()
+
+
 def export(config: DictConfig) -> None:
     """Write a checkpoint in the format of an engine."""
     check_keys(config, "export")
@@ -162,11 +171,14 @@ def generate(config: DictConfig) -> None:
 
 
 COMMANDS = {
-    "quantize": Command("config", quantize, fills_folder=True),
+    "quantize": Command(
+        "config", quantize, fills_folder=True, flags={"-q": "verbosity=quiet", "-v": "verbosity=verbose"}
+    ),
     "evaluate": Command("evaluate", evaluate, argument="checkpoint", fills_folder=True),
     "analyze": Command("analyze", analyze, fills_folder=True),
     "export": Command("export", export, argument="checkpoint"),
     "generate": Command("generate", generate, argument="checkpoint", texts=("prompt",)),
     "reproduce": Command("reproduce", reproduce, argument="folder"),
     "report": Command("report", report, argument="folder"),
+    "runs": Command("runs", runs, argument="folder"),
 }

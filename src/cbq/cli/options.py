@@ -11,7 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from cbq.errors import InputError, one_line
 
-NOT_SETTINGS = {"runner", "evaluator", "analyzer", "tracking", "report", "overwrite", "save_state", "hydra"}
+NOT_SETTINGS = {
+    "runner",
+    "evaluator",
+    "analyzer",
+    "tracking",
+    "report",
+    "overwrite",
+    "save_state",
+    "verbosity",
+    "hydra",
+}
 NOT_OPTIONS = {"runner", "evaluator", "analyzer", "command", "defaults", "hydra"}
 
 

@@ -29,6 +29,7 @@ USAGE = """cbq: cross-block quantization of large language models
   cbq <option=value ...>            quantize a model (the same as: cbq quantize ...)
   cbq quant=w4a4 cbd.overlap=1      the embedded model at 4 bits
   cbq -m quant=w4a4,w2a16           a sweep: every combination, one run each
+  cbq -q ..., cbq -v ...            say nothing but mistakes; say more
   cbq model=hf model.path=<folder or hub id> quant=w4a16 quant.group_size=128
   cbq resume=<run folder>           go on with a run that was interrupted
 
@@ -41,6 +42,7 @@ Commands:
   generate    continue a text: cbq generate outputs/<date>/<time> prompt="..." [compare=true]
   reproduce   run a finished run again, and compare: cbq reproduce <run folder>
   report      the page of a run, the table of a sweep: cbq report outputs/<date>/<time>, cbq report multirun/table3c
+  runs        the finished runs below a folder: cbq runs [folder] [sort=perplexity]
 """
 
 
@@ -60,6 +62,7 @@ def main() -> None:
     if not chosen.fills_folder and {"-m", "--multirun"} & set(words):
         print(f"cbq: {command} is one job: leave out -m", file=sys.stderr)
         sys.exit(2)
+    words = [chosen.flags.get(word, word) for word in words]
     try:
         sys.argv[1:] = chosen.overrides(resumed(words) if chosen.fills_folder else words)
     except InputError as error:

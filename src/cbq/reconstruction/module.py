@@ -60,6 +60,8 @@ class WindowModule(L.LightningModule):
         beta: the exponent of Eq. 12, or None while the compensation loss is off. Set by `BetaAnnealing`.
         losses: the loss terms by logged name, detached, on the device: means over the batches of the present
             optimizer step so far.
+        loss_at_start: the reconstruction loss before learning, hard rounded, if it was measured; for display.
+        loss_nearest: likewise, rounded to nearest.
         gradient_norms: of the present optimizer step, by group, on the device. Set by `FiniteSteps`.
     """
 
@@ -85,6 +87,8 @@ class WindowModule(L.LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.beta: float | None = None
         self.losses: dict[str, torch.Tensor] = {}
+        self.loss_at_start: float | None = None
+        self.loss_nearest: float | None = None
         self.gradient_norms: dict[str, torch.Tensor] = {}
         # The blocks stay out of this module's registry: `parameters()` holds nothing frozen, and Lightning's move to
         # the CPU after a fit leaves their weights where they are.

@@ -169,6 +169,7 @@ class Reconstruction(WindowSolver):
             )
             if not module.groups:
                 return self.measure(task.window, task.cache, task.targets) if scaling else task.first, None
+            module.loss_at_start, module.loss_nearest = task.first, task.nearest
             self._fit(module, task.targets, callbacks)
             for linear in quant_linears(list(module.blocks)):
                 linear.rounding.harden_()

@@ -1,6 +1,5 @@
 """`cbq report`: a run's folder as a page, a sweep's as a table and a plot."""
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +8,10 @@ from rich.text import Text
 
 from cbq.errors import InputError
 from cbq.report.observer import FOLDER_NAME
+from cbq.report.page import Figure, Section, render
 from cbq.report.paper import CAVEAT
-from cbq.report.pareto import plot
-from cbq.report.render import latex, markdown, page
+from cbq.report.pareto import pareto_chart, plot
+from cbq.report.render import html_cells, latex, markdown
 from cbq.report.run_page import write_run_page
 from cbq.report.sweep import EXPERIMENT, SweepTable, read_sweep, sweep_table
 from cbq.results import RESULTS_NAME
@@ -75,14 +75,19 @@ class SweepReport:
         console.print(Text(f"{', '.join(NAMES.values())} in {self.folder}"), soft_wrap=True)
         return table
 
+    def _page(self, table: SweepTable, notes: Sequence[str]) -> str:
+        figures = [Figure("pareto", "Perplexity over time: point at a dot for its row", pareto_chart(table))]
+        sections = [Section("Table", tables=[html_cells(table)], notes=notes), Section("Cost", figures=figures)]
+        return render(self.folder.resolve().name, f"{len(table.rows)} rows", sections)
+
     def _write(self, table: SweepTable, notes: Sequence[str]) -> None:
         picture = self.folder / NAMES["plot"]
-        images = [base64.b64encode(picture.read_bytes()).decode()] if plot(table, picture) else []
+        drawn = plot(table, picture)
         text = markdown(table) + "".join(f"\n{note}\n" for note in notes)
-        text += f"\n![perplexity over time]({NAMES['plot']})\n" if images else ""
+        text += f"\n![perplexity over time]({NAMES['plot']})\n" if drawn else ""
         for name, content in (
             ("markdown", text),
-            ("html", page(self.folder.resolve().name, table, images, notes)),
+            ("html", self._page(table, notes)),
             ("latex", latex(table)),
         ):
             (self.folder / NAMES[name]).write_text(content, encoding="utf-8")

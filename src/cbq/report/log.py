@@ -9,13 +9,29 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cbq.errors import InputError
+
 LOGGER = logging.getLogger("cbq")
+VERBOSITIES = ("quiet", "normal", "verbose")
 WIDTH = 200  # characters of a line
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class LoggedConsole(Console):
-    """A console whose lines are logged too."""
+    """A console whose lines are logged too.
+
+    Args:
+        verbosity: what the terminal shows of them: `quiet` nothing, `normal`, `verbose` a line an epoch too.
+
+    Raises:
+        InputError: it is none of the three.
+    """
+
+    def __init__(self, verbosity: str = "normal") -> None:
+        if verbosity not in VERBOSITIES:
+            raise InputError(f"verbosity must be one of {', '.join(VERBOSITIES)}, got {verbosity!r}")
+        super().__init__(highlight=False, quiet=verbosity == "quiet")
+        self.every_epoch = verbosity == "verbose"
 
     def print(self, *objects: object, **options: object) -> None:
         """Print, and log the same without colours."""

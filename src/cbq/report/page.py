@@ -45,6 +45,7 @@ class Section:
         tables: of texts and numbers; the first column is what a row is about. Those with very many rows are folded.
         figures: in order.
         texts: title -> text as it is.
+        notes: sentences below the tables.
         code: to be copied.
     """
 
@@ -53,6 +54,7 @@ class Section:
     tables: Sequence[pd.DataFrame] = ()
     figures: Sequence[Figure] = ()
     texts: dict[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     code: str = ""
 
     @property

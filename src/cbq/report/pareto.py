@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import altair as alt
+
+from cbq.report.charts import menu
 from cbq.report.columns import SECONDS
 from cbq.report.sweep import SweepTable
 
@@ -68,3 +71,35 @@ def plot(table: SweepTable, path: Path) -> bool:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
+
+
+def pareto_chart(table: SweepTable) -> alt.Chart | None:
+    """Return perplexity over seconds of reconstruction for a chosen model and corpus."""
+    rows = [
+        {
+            "what": " ".join(column),
+            "row": " ".join(table.names(row)),
+            "scheme": table.schemes.get(row, ""),
+            "seconds": seconds,
+            "perplexity": perplexity,
+        }
+        for column in table.columns
+        if column[1] in table.corpora
+        for row, values in table.rows.items()
+        if (seconds := values[column[0], SECONDS].mean) and (perplexity := values[column].mean)
+    ]
+    if not rows:
+        return None
+    scale = alt.Scale(type="log", nice=False, padding=20)
+    return (
+        alt.Chart(alt.InlineData(values=rows))
+        .transform_filter("datum.what == shown")
+        .mark_circle(size=90, opacity=0.85)
+        .encode(
+            x=alt.X("seconds:Q", title="seconds of reconstruction", scale=scale, axis=alt.Axis(format="~s")),
+            y=alt.Y("perplexity:Q", scale=scale, axis=alt.Axis(format="~g")),
+            color=alt.Color("scheme:N", legend=alt.Legend(orient="top")),
+            tooltip=["row:N", alt.Tooltip("perplexity:Q", format=".4g"), alt.Tooltip("seconds:Q", format=".0f")],
+        )
+        .add_params(menu("shown", "of", list(dict.fromkeys(row["what"] for row in rows))))
+    )

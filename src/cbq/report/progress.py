@@ -15,6 +15,7 @@ from cbq.reconstruction.result import WindowResult
 
 READ_SECONDS = 0.5  # at most this often a loss is read: on a GPU, reading waits for the work in flight
 LINE_SECONDS = 30.0  # a log of plain lines shows that a long window is alive
+WIDE = 110  # columns from which on the bar's line has room for epochs and for what the loss is to be held against
 
 
 class WindowProgress(L.Callback):
@@ -26,6 +27,7 @@ class WindowProgress(L.Callback):
 
     Args:
         console: Where to draw. By default one of its own, which no other live display shares.
+        every_epoch: Print a line at the end of every epoch too.
 
     Example:
         with WindowProgress() as progress:
@@ -34,8 +36,9 @@ class WindowProgress(L.Callback):
                 progress.finish_window(solver.solve(window, cache, callbacks=[progress]))
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, every_epoch: bool = False) -> None:
         self._console = console or Console()
+        self._every_epoch = every_epoch
         self._bar: Progress | None = None
         self._steps_per_window: list[int] = []
         self._num_finished = self._num_before = 0  # windows
@@ -99,7 +102,10 @@ class WindowProgress(L.Callback):
             return  # gradients are still accumulated
         self._step = trainer.global_step
         self._latest_losses.append(pl_module.losses["loss/rec"])
+        self._epoch = self._epoch_of(trainer)
         now = time.monotonic()
+        if self._every_epoch and trainer.is_last_batch:
+            self._print_step(pl_module)
         if self._bar is not None and now - self._read_time >= READ_SECONDS:
             self._read_time = now
             self._update_bar(pl_module)
@@ -115,7 +121,8 @@ class WindowProgress(L.Callback):
             self._bar.update(self._bar.task_ids[0], completed=self._steps_done(), status=f"left {self._time_left()}")
         self._print(
             position,
-            f"loss {result.rec_loss_rtn:.4g} (nearest) -> {result.rec_loss_last:.4g}",
+            f"loss {result.rec_loss_rtn:.4g} (nearest), {result.rec_loss_first:.4g} (start)"
+            f" -> {result.rec_loss_last:.4g}",
             f"{result.wall_time_seconds:.1f} s",
             f"left {self._time_left()}",
         )
@@ -125,17 +132,32 @@ class WindowProgress(L.Callback):
     def _update_bar(self, module: L.LightningModule) -> None:
         task = self._bar.task_ids[0]
         status = f"loss {_format_mean(self._latest_losses)}  left {self._time_left()}"
+        if self._console.width >= WIDE:
+            status = "  ".join([self._epoch, self._loss(module), f"left {self._time_left()}"])
         position = self._position(module.window.start, module.window.stop)
         self._bar.update(task, description=position, completed=self._steps_done(), status=status)
 
     def _print_step(self, module: L.LightningModule) -> None:
         self._print(
             self._position(module.window.start, module.window.stop),
+            self._epoch,
             f"step {self._step}/{self._steps_per_window[self._num_finished]}",
-            f"loss {_format_mean(self._latest_losses)}",
+            self._loss(module),
             f"{time.monotonic() - self._window_time:.1f} s",
             f"left {self._time_left()}",
         )
+
+    def _loss(self, module: L.LightningModule) -> str:
+        """Return the loss of the latest steps, and what it is to be held against."""
+        start, nearest = module.loss_at_start, module.loss_nearest
+        held_against = "" if start is None else f" (start {start:.4g}, nearest {nearest:.4g})"
+        return f"loss {_format_mean(self._latest_losses)}{held_against}"
+
+    def _epoch_of(self, trainer: L.Trainer) -> str:
+        """Return which epoch it is, and of how many."""
+        steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        total = -(-self._steps_per_window[self._num_finished] // steps)
+        return f"epoch {trainer.current_epoch + 1}/{total}"
 
     def _print(self, *parts: str) -> None:
         self._console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)

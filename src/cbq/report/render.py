@@ -1,9 +1,9 @@
-"""A sweep's table as Markdown, HTML and LaTeX: the best of a column and scheme in bold."""
+"""A sweep's table as Markdown, LaTeX and for a page: the best of a column and scheme in bold."""
 
-import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pandas as pd
+from markupsafe import Markup, escape
 
 from cbq.report.columns import SECONDS
 from cbq.report.paper import FULL_PRECISION
@@ -81,27 +81,7 @@ def escape_latex(text: str) -> str:
     return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 
-def html_table(table: SweepTable) -> str:
-    """Return a `<table>`."""
-    headings, rows = grid(table, lambda text: f"<b>{text}</b>", html.escape)
-    return pd.DataFrame(rows, columns=pd.Index(headings)).to_html(index=False, escape=False, border=0)
-
-
-def page(title: str, table: SweepTable, images: Sequence[str], notes: Sequence[str]) -> str:
-    """Return one self-contained HTML page.
-
-    Args:
-        title: of the page.
-        table: what to show.
-        images: PNG files in base 64.
-        notes: lines below the table.
-    """
-    shown = "".join(f'<img alt="plot" src="data:image/png;base64,{image}">' for image in images)
-    lines = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
-        "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
-        "th:first-child,td:first-child{text-align:left}img{max-width:100%}</style></head>"
-        f"<body><h1>{html.escape(title)}</h1>{html_table(table)}{lines}{shown}</body></html>\n"
-    )
+def html_cells(table: SweepTable) -> pd.DataFrame:
+    """Return the table for a page, its cells escaped."""
+    headings, rows = grid(table, lambda text: Markup("<b>{}</b>").format(text), escape)
+    return pd.DataFrame(rows, columns=pd.Index(headings), dtype=object)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from cbq.cost import format_duration
 from cbq.errors import InputError
-from cbq.report import charts
+from cbq.report import charts, cost_charts
 from cbq.report.observer import FOLDER_NAME
 from cbq.report.page import Figure, Section, render, write_figures
 from cbq.report.scores import STATES, headline, with_error
@@ -106,8 +106,8 @@ def write_run_page(folder: Path) -> Path:
         Section(
             "Time and memory",
             figures=[
-                Figure("time", "What the time went into", charts.time_line(results)),
-                Figure("memory", "Memory held", charts.memory(steps)),
+                Figure("time", "What the time went into", cost_charts.time_line(results)),
+                Figure("memory", "Memory held", cost_charts.memory(steps)),
             ],
         ),
         Section(

@@ -1,0 +1,102 @@
+"""`cbq runs`: what has been run, a line a run."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cbq.cost import format_duration
+from cbq.errors import InputError
+from cbq.results import RESULTS_NAME, read_results
+
+DEFAULT_FOLDERS = ("outputs", "multirun")
+Run = dict[str, Any]
+# What runs can be sorted by: the smallest first. None, where a figure was not measured, comes last.
+KEYS: dict[str, Callable[[Run], Any]] = {
+    "finished": lambda run: run["finished"],
+    "perplexity": lambda run: next(iter(run["perplexity"].values()), {}).get("quantized"),
+    "seconds": lambda run: run["cost"]["wall_time_seconds"],
+    "bits": lambda run: run["effective_bits"],
+    "model": lambda run: run["model"],
+    "scheme": lambda run: run["scheme"],
+    "method": lambda run: run["method"],
+    "folder": lambda run: run["folder"],
+}
+
+
+class RunList:
+    """Shows the finished runs below a folder as a table, and says how many others there are.
+
+    Args:
+        folder: None: `outputs` and `multirun`, as far as they are there.
+        sort: one of `KEYS`; with a minus in front of it the other way round.
+
+    Raises:
+        InputError: there is no such folder or no such key.
+    """
+
+    def __init__(self, folder: str | None = None, sort: str = "finished") -> None:
+        if not isinstance(sort, str) or sort.removeprefix("-") not in KEYS:
+            raise InputError(f"sort must be one of {', '.join(KEYS)}, or one of them after a minus, got {sort!r}")
+        if folder is not None and not (isinstance(folder, str) and Path(folder).is_dir()):
+            raise InputError(f"{folder} is no folder")
+        self.folders = [Path(folder)] if folder else [Path(name) for name in DEFAULT_FOLDERS]
+        self.sort = sort
+
+    def run(self) -> list[Run]:
+        """Print the table and return what it shows."""
+        console = Console(highlight=False)
+        found = [read(path) for folder in self.folders for path in sorted(folder.rglob(RESULTS_NAME))]
+        finished = [run for run in found if run["status"] == "finished"]
+        shown = in_order(finished, self.sort)
+        if shown:
+            console.print(table(shown))
+        left = len(found) - len(finished)
+        where = " and ".join(map(str, self.folders))
+        others = f", {left} unfinished or failed" if left else ""
+        console.print(Text(f"{len(shown)} finished runs below {where}{others}"), soft_wrap=True)
+        return shown
+
+
+def read(path: Path) -> Run:
+    """Return the content of a `results.json`, with its folder, and when it was written (seconds since 1970)."""
+    results = read_results(path.parent)
+    assert results is not None, f"{path} was found"
+    return results | {"folder": str(path.parent), "finished": path.stat().st_mtime}
+
+
+def in_order(runs: Sequence[Run], sort: str) -> list[Run]:
+    """Return runs sorted by a key; those without a value come last, whichever way round.
+
+    Example:
+        >>> [run["model"] for run in in_order([{"model": "a"}, {"model": "b"}], "-model")]
+        ['b', 'a']
+    """
+    key = KEYS[sort.removeprefix("-")]
+    known = sorted((run for run in runs if key(run) is not None), key=key, reverse=sort.startswith("-"))
+    return known + [run for run in runs if key(run) is None]
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """Return runs as a table: perplexity of the first corpus, in full precision and quantized."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("finished", "model", "scheme", "method", "seed"):
+        shown.add_column(heading, no_wrap=heading != "model", overflow="fold")
+    for heading in ("perplexity", "of", "time"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("folder", overflow="fold", min_width=24)
+    for run in runs:
+        perplexity = next(iter(run["perplexity"].values()), {})
+        shown.add_row(
+            datetime.fromtimestamp(run["finished"]).strftime("%Y-%m-%d %H:%M"),
+            *(Text(str(run[key])) for key in ("model", "scheme", "method", "seed")),
+            *(f"{value:.2f}" if (value := perplexity.get(key)) else "-" for key in ("quantized", "full_precision")),
+            format_duration(run["cost"]["wall_time_seconds"]),
+            Text(run["folder"]),
+        )
+    return shown
