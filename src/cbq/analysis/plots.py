@@ -59,7 +59,7 @@ def plot_figure(figure: Mapping[str, Any], folder: Path) -> list[str]:
         row[2].legend(fontsize=8)
         row[2].set(xlabel=f"step sizes of block {first}, times", ylabel=f"of block {first + 1}, times")
         share = found["surface"]["interaction_share"]
-        row[2].set_title(f"(c) loss over two blocks' scales\n{bits} bits: {share:.2%} interaction", fontsize=10)
+        row[2].set_title(f"(c) loss over two blocks' scales\n{bits} bits: {share:.2%} interaction", fontsize=10, pad=10)
     return save(canvas, folder / "figure1")
 
 
