@@ -104,11 +104,16 @@ def test_no_export(loaded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"verify": "no"}, "export.verify"), ({"verify_segments": 0}, "verify_segments")]
+    ("options", "said"),
+    [
+        ({"verify": "no"}, "export.verify"),
+        ({"verify_segments": 0}, "verify_segments"),
+        ({"format": 1.5}, "export.format"),
+    ],
 )
 def test_options_out_of_range(options, said):
     with pytest.raises(InputError, match=said):
-        Export(CompressedTensors(), **options)
+        Export(**{"format": CompressedTensors()} | options)
 
 
 def test_the_schema_knows_an_export(loaded, tmp_path):

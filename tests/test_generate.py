@@ -72,6 +72,7 @@ def test_both_models_beside_each_other(run_folder, tiny_llama_folder, capsys):
         ({"max_tokens": 0}, "max_tokens must be a number of at least 1"),
         ({"max_tokens": 1.5}, "max_tokens must be an integer"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": 1e-30}, "temperature must be 0, or at least 0.001"),
         ({"compare": "no"}, "compare must be true or false"),
         ({"compare": True}, "config.yaml names the model"),
         ({"checkpoint": "/no/folder"}, "neither a checkpoint of cbq nor"),
@@ -81,6 +82,10 @@ def test_both_models_beside_each_other(run_folder, tiny_llama_folder, capsys):
 def test_options_out_of_range(run_folder, options, said):
     with pytest.raises(InputError, match=said):
         Generate(**{"checkpoint": str(run_folder), "prompt": PROMPT} | options)
+
+
+def test_a_whole_number_is_a_temperature(run_folder):
+    assert Generate(str(run_folder), PROMPT, max_tokens=2, temperature=8).run()["quantized"]
 
 
 def test_a_failure_of_the_writing_thread_is_raised_and_not_waited_for(tiny_llama_folder, monkeypatch):

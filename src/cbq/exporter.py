@@ -55,6 +55,8 @@ class Export:
     ) -> None:
         check_text("export.out", out, optional=True)
         check_flag("export.verify", verify)
+        if not isinstance(format, Format):
+            raise InputError(f"export.format must be a class of cbq.export, got {format!r}: export=<name> chooses one")
         number = isinstance(verify_segments, int) and not isinstance(verify_segments, bool)
         if verify_segments is not None and not (number and verify_segments > 0):
             raise InputError(

@@ -16,6 +16,8 @@ from cbq.models.streaming import stream_text
 from cbq.placement import fits
 from cbq.report.summary import CONTROL_CHARACTERS
 
+SMALLEST_TEMPERATURE = 1e-3  # below it logits overflow when they are divided by it
+
 
 class Generate:
     """Continues a prompt.
@@ -48,13 +50,15 @@ class Generate:
         if not isinstance(max_tokens, int):
             raise InputError(f"max_tokens must be an integer, got {max_tokens!r}")
         check_number("temperature", temperature)
+        if 0 < temperature < SMALLEST_TEMPERATURE:
+            raise InputError(f"temperature must be 0, or at least {SMALLEST_TEMPERATURE}, got {temperature!r}")
         check_seed("seed", seed)
         check_flag("compare", compare)
         self.folder = find_checkpoint(checkpoint)
         if compare and load_base is None:
             raise InputError(f"compare=true needs the run that made {self.folder}: its config.yaml names the model")
         self.prompt = prompt
-        self.options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        self.options = {"max_tokens": max_tokens, "temperature": float(temperature), "seed": seed}
         self.load_base = load_base if compare else None
         self.console = Console(highlight=False)
 

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 import cbq
 from cbq.checkpoint import find_any, find_checkpoint, load_any, load_checkpoint
 from cbq.cli import main
+from cbq.cli.resume import command_of
 from cbq.data.benchmarks import load_benchmark
 from cbq.data.calibration import calibrate_on_c4, calibrate_on_text, calibrate_on_wikitext2
 from cbq.errors import InputError
 from cbq.evaluation.recall import Recall
 from cbq.models.loading import load_pretrained
 from cbq.quant.scheme import QuantScheme
-from cbq.results import read_results
+from cbq.results import read_results, write_results
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -254,6 +255,26 @@ def test_a_stored_configuration_is_data(run_folder, proof, program, text) -> Non
     (run_folder / "config.yaml").write_text(text.replace("PROOF", str(proof)))
     code, error = program("generate", str(run_folder), "prompt=a", "max_tokens=1", "compare=true")
     assert (code, error.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "model._target_=os.system",
+        "++tracking={_target_: os.system, command: id}",
+        "+x=[{_target_: os.system}]",
+        "model.trust_remote_code=true",
+        "model.path=somebody/${oc.env:HOME}",
+        "hydra.launcher=x",
+        "-m",
+        "--config-dir=/tmp",
+    ],
+)
+def test_a_stored_command_line_names_no_code(tmp_path, word) -> None:
+    """`resume=` and `cbq reproduce` type again what `results.json` says was typed."""
+    write_results(tmp_path, {"status": "running", "overrides": ["quant=w4a4", word], "working_folder": "/"})
+    with pytest.raises(InputError, match="names code or hydra options"):
+        command_of(tmp_path)
 
 
 # --- no file outside

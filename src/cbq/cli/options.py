@@ -57,7 +57,7 @@ def check_keys(config: DictConfig, config_name: str = "config") -> None:
     for group in groups:
         if plain.get(group) is not None and not isinstance(plain[group], dict):
             raise InputError(f"{group} must be one of its choices, got {plain[group]!r}")
-    for node in ("runner", "evaluator", "command"):
+    for node in sorted(NOT_OPTIONS - {"defaults", "hydra"}):
         if plain.get(node) != as_written.get(node):
             raise InputError(f"{node} is made of the other options, and is none itself: leave it out")
     for group in groups:

@@ -47,7 +47,8 @@ def command_of(folder: Path) -> tuple[list[str], Path]:
     if not isinstance(typed, list) or not all(isinstance(word, str) for word in typed):
         raise InputError(f"{folder} does not say what was typed: its run is older than resume= and reproduce")
     for word in typed:
-        # Whoever was sent a folder shall not run what its sender likes.
-        if "_target_" in word.partition("=")[0] or word.startswith("-") or "hydra" in word.partition("=")[0]:
+        # Whoever was sent a folder shall not run what its sender likes, nor send it what the environment holds.
+        code = any(mark in word for mark in ("_target_", "trust_remote_code", "${"))
+        if code or word.startswith("-") or "hydra" in word.partition("=")[0]:
             raise InputError(f"{folder} names code or hydra options to run ({word}): type its command line yourself")
     return typed, Path(working_folder) if isinstance(working_folder, str) else Path.cwd()
