@@ -49,7 +49,7 @@ def curves(steps: pd.DataFrame) -> Chart | None:
         .mark_line(strokeWidth=1.5)
         .encode(
             x=alt.X("cbq_step:Q", title="step, all windows together", scale=alt.Scale(nice=False)),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g")),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format=".4~g")),
             color=alt.Color("window:O", legend=None, scale=alt.Scale(scheme="category10")),
             tooltip=[
                 alt.Tooltip("window:O"),

@@ -97,7 +97,7 @@ def pareto_chart(table: SweepTable) -> alt.Chart | None:
         .mark_circle(size=90, opacity=0.85)
         .encode(
             x=alt.X("seconds:Q", title="seconds of reconstruction", scale=scale, axis=alt.Axis(format="~s")),
-            y=alt.Y("perplexity:Q", scale=scale, axis=alt.Axis(format="~g")),
+            y=alt.Y("perplexity:Q", scale=scale, axis=alt.Axis(format=".4~g")),
             color=alt.Color("scheme:N", legend=alt.Legend(orient="top")),
             tooltip=["row:N", alt.Tooltip("perplexity:Q", format=".4g"), alt.Tooltip("seconds:Q", format=".0f")],
         )
