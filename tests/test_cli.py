@@ -97,6 +97,7 @@ def cbq(tmp_path, monkeypatch, capsys):
         (["debug=profile", "debug.profile.skip=-1"], "debug.profile.skip must be an integer of at least 0"),
         (["debug.profile=true"], "debug=profile turns it on"),
         (["tracking.mode=loud"], "offline, online, disabled"),
+        (["verbosity=loud"], "verbosity must be one of quiet, normal, verbose"),
         (["seed=-1"], "seed must be an integer"),
         (["overwrite=no"], "overwrite must be true or false, got 'no'"),
         (["reconstruction.restart=no"], "reconstruction.restart must be true or false"),
