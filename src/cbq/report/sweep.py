@@ -18,6 +18,8 @@ NOT_A_ROW = (
     "seed",
     "model",
     "tracking",
+    "deterministic",
+    "offload",
     "activations",
     "debug",
     "evaluation.batch_tokens",
