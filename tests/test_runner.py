@@ -228,6 +228,7 @@ def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny
             "config.yaml",
             "metrics.csv",
             "results.json",
+            "run.log",
         ]
         windows = [{key: value for key, value in w.items() if "time" not in key} for w in results["windows"]]
         weights = (folder / "checkpoint" / "model.safetensors").read_bytes()
