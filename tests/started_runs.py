@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ class Starter:
         self.server.stdin.flush()
         process = int(self.server.stdout.readline())
         if after is not None:
-            time.sleep(after)
+            select.select([self.server.stdout], [], [], after)  # no longer than to its end
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(process, number)
         code = int(self.server.stdout.readline())

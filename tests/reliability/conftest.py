@@ -36,7 +36,8 @@ def reference(starter, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def seconds(starter, reference, tmp_path_factory) -> float:
     """How long a run takes, from the order to the end."""
-    return starter.start(tmp_path_factory.mktemp("timed") / "run").seconds
+    folder = tmp_path_factory.mktemp("timed")
+    return min(starter.start(folder / f"run{number}").seconds for number in range(2))
 
 
 @pytest.fixture
