@@ -66,17 +66,35 @@ def test_a_run_that_does_not_say_what_was_typed(tmp_path, overrides):
 @pytest.mark.parametrize(
     "word",
     [
-        "runner._target_=os.system",
-        "+x._target_=os.system",
-        "hydra.run.dir=/",
-        "+hydra/launcher=x",
-        "-m",
-        "--config-dir=x",
+        *("runner._target_=os.system", "+x._target_=os.system", "hydra.run.dir=/", "+hydra/launcher=x", "-m", "-cd=x"),
+        *(
+            "x={_target_: torch.load}",
+            "++x=[{a: {_target_: b}}]",
+            "model.trust_remote_code=true",
+            "seed=${oc.env:HOME}",
+        ),
     ],
 )
 def test_a_folder_of_somebody_else_names_no_code(tmp_path, word):
     with pytest.raises(InputError, match="names code or hydra options to run"):
         command_of(leave(tmp_path / "run", overrides=["quant=w4a4", word]))
+
+
+@pytest.mark.parametrize("place", [None, 3, "relative", ""])
+def test_where_it_was_typed_is_no_folder_of_the_sender(tmp_path, place):
+    with pytest.raises(InputError, match="does not say where it was typed"):
+        command_of(leave(tmp_path / "run", working_folder=place))
+
+
+def test_a_module_in_the_folder_of_somebody_else_is_not_run(tmp_path):
+    """`python -m cbq` would take it for cbq."""
+    folder = leave(tmp_path / "run", overrides=["model=none_such"])
+    (tmp_path / "cbq").mkdir()
+    (tmp_path / "cbq" / "__init__.py").write_text("")
+    (tmp_path / "cbq" / "__main__.py").write_text("open('planted', 'w')")
+    with pytest.raises(InputError, match="does not run again: it ended with code 2"):
+        Reproduction(str(folder)).run()
+    assert not (tmp_path / "planted").exists()
 
 
 def test_only_what_is_finished_is_reproduced(tmp_path):

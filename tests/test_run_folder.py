@@ -84,10 +84,16 @@ def test_unfinished_run_goes_on_from_its_state(tmp_path, status):
     assert sorted(file.name for file in tmp_path.iterdir()) == kept
 
 
+def read_seed(path: Path) -> int:
+    """Return the seed of the configuration in a folder."""
+    return OmegaConf.load(path / CONFIG_NAME).seed
+
+
 @pytest.mark.parametrize("moment", range(12))
 def test_killed_while_it_starts(tmp_path, monkeypatch, moment):
     """Whenever that is, the same command works again, and what was finished before does not count as finished."""
-    leave_run(tmp_path, "finished")
+    leave_run(tmp_path, "finished", seed=9)
+    (tmp_path / "state").mkdir()
     calls = []
 
     def killed(function):
@@ -106,10 +112,22 @@ def test_killed_while_it_starts(tmp_path, monkeypatch, moment):
             make(tmp_path, start_anew=True).start({"status": "running"})
     again = make(tmp_path, start_anew=True)
     assert not again.is_finished()
-    if calls and moment:
-        assert not make(tmp_path).is_finished()
+    if OmegaConf.load(tmp_path / CONFIG_NAME) == OmegaConf.create(CONFIG):
+        assert not (tmp_path / "state").exists(), "of the old run"
+    if moment:
+        assert not make(tmp_path, seed=9 if read_seed(tmp_path) == 9 else 0).is_finished()
     again.start({"status": "running"})
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG_NAME, RESULTS_NAME]
+
+
+def test_what_only_an_error_is_in_is_free(tmp_path):
+    """A run that failed before it began, in a folder that was there."""
+    (tmp_path / "error.txt").write_text("Traceback")
+    (tmp_path / "slurm-1.out").write_text("mine")
+    folder = make(tmp_path)
+    assert not folder.is_finished()
+    folder.start({"status": "running"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "results.json", "slurm-1.out"]
 
 
 def test_killed_before_there_are_results(tmp_path):

@@ -13,6 +13,8 @@ from wandb_file import read_wandb_run
 
 from cbq.errors import InputError
 from cbq.tracking import Tracker
+from cbq.tracking.sink import RunInfo
+from cbq.tracking.wandb_run import ID_NAME, WandbRun
 
 ROWS = [
     {"cbq_step": 0, "window": 0, "loss/rec": 0.1 + 0.2, "loss/total": 1e-300},
@@ -272,3 +274,16 @@ def test_no_import_when_disabled_and_no_network_when_offline(tmp_path):
         proxy.settimeout(0.2)
         with pytest.raises(TimeoutError):
             proxy.accept()
+
+
+@pytest.mark.parametrize("name", ["a/../../../victim", "..", "a b", "é"])
+def test_an_id_that_is_a_path_removes_nothing(tmp_path, name):
+    """The folder may come from somebody else."""
+    run = tmp_path / "run"
+    (run / "wandb" / "offline-run-1-a").mkdir(parents=True)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").write_text("mine")
+    (run / "wandb" / ID_NAME).write_text(name)
+    info = RunInfo(run, "name", {}, [], 3, {})
+    assert WandbRun("offline", "cbq", None, None)._earlier_id(info) is None
+    assert (tmp_path / "victim" / "file").exists()

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a kill or a power cut."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,5 +38,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot wait for folders
+            raise
     finally:
         os.close(descriptor)

@@ -1,5 +1,7 @@
 """The folder of a run: what may be started in it, and what it says of itself."""
 
+import hashlib
+import json
 import shutil
 import traceback
 from collections.abc import Collection, Iterator, Sequence
@@ -76,7 +78,7 @@ class RunFolder:
             if self.overwrite and (self.path / RESULTS_NAME).is_file():
                 return False
             results = read_results(self.path)
-            others = [name for name in OUTPUTS if (self.path / name).exists()]
+            others = [name for name in OUTPUTS if name != ERROR_NAME and (self.path / name).exists()]
         except OSError as error:
             raise InputError(f"hydra.run.dir {self.path} cannot be used: {error.strerror}") from None
         if results is None and others == [CONFIG_NAME] and not self._differences():  # killed as it began
@@ -90,14 +92,14 @@ class RunFolder:
             raise InputError(
                 f"{self.path} holds a run with a different configuration ({shortened(differences)}): {way_out}"
             )
-        return results["status"] == "finished"
+        return results.get("status") == "finished"
 
     def is_free(self) -> bool:
         """Return whether a failed start may use the folder: no finished run is in it, and no files of others."""
         results = read_results(self.path)
         if results is None:
             return not any((self.path / name).exists() for name in OUTPUTS)
-        return results["status"] != "finished"
+        return results.get("status") != "finished"
 
     def _differences(self) -> list[str]:
         """Return what decides the result and is not what it was in the run that is here, in words."""
@@ -142,21 +144,26 @@ class RunFolder:
             results: what `results.json` says until the run ends; what was typed is added.
         """
         results |= {"overrides": self.overrides, "working_folder": str(Path.cwd())}
-        self.path.mkdir(parents=True, exist_ok=True)
         kept = {RESULTS_NAME, CONFIG_NAME, *(KEPT_BY_RESUME if self.goes_on else ())}
+        self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / RESULTS_NAME).exists():  # first: what is removed below must not count as finished
             write_results(self.path, results)
+        for name in OUTPUTS:
+            if name not in kept:
+                remove(self.path / name)
+        # Only now: until here it is the folder of the run that was there, whose state may still be.
         with replacing(self.path / CONFIG_NAME) as temporary:
             OmegaConf.save(self.config, temporary)
-        for name in OUTPUTS:
-            old = self.path / name
-            if name in kept:
-                continue
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            else:
-                old.unlink(missing_ok=True)
         write_results(self.path, results)
+
+    def remove_state(self) -> None:
+        """Remove what a run that is finished went on from; the folder must be `held`."""
+        remove(self.state_path)
+
+    def fingerprint(self) -> str:
+        """Return the hash of what decides the result."""
+        text = json.dumps(dotted(experiment(self.config)), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def report_failure(self, error: BaseException, last_state: str, environment: dict) -> None:
         """Write down what ended the run, where it was, and with which configuration.
@@ -175,6 +182,14 @@ class RunFolder:
         }
         text = "\n\n".join(f"[{title}]\n{content}" for title, content in parts.items())
         write_text(self.path / ERROR_NAME, text + "\n")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def withdraw(folder: Path, kept: Collection[Path]) -> None:

@@ -44,7 +44,7 @@ from cbq.report.scores import print_scores, summary_figures
 from cbq.report.summary import print_summary
 from cbq.results import environment, failure, versions, write_results
 from cbq.run_folder import LOG_NAME, RunFolder
-from cbq.state.run_state import NO_STATE, RunState
+from cbq.state.run_state import RunState
 from cbq.streams.places import Place, StreamPlacement
 from cbq.tracking import RunRecorder, Tracker, agreement_rows
 
@@ -124,8 +124,7 @@ class Runner:
         self.report = report
         self.profile = profile and profile(folder.path)
         self.target, self.export = target, export
-        self.folder = folder
-        self.method = method
+        self.folder, self.method = folder, method
         self.settings = settings | {f"quant.{name}": value for name, value in self.constraints.items()}
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,11 +133,8 @@ class Runner:
         self.track = partial(track, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.stopwatch = Stopwatch()
         self.recorder = RunRecorder(tracker)
-        self.state = NO_STATE
-        if save_state:
-            self.state = RunState(
-                folder.state_path, solver, self.console.say, {"stopwatch": self.stopwatch, "curves": self.recorder}
-            )
+        parts = {"stopwatch": self.stopwatch, "curves": self.recorder}
+        self.state = RunState(folder.state_path, solver, self.console.say, parts, save_state)
         self.results: dict = {}
 
     def run(self) -> dict:
@@ -166,14 +162,14 @@ class Runner:
             state.begin(loaded.blocks)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
         save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
-        quantized = self.score(evaluation.score, loaded, self.scheme.label, state.recall("quantized"))
+        quantized = self.score(evaluation.score, loaded, self.scheme.label, state.recall(fingerprint(loaded.model)))
         agreement = evaluation.agreement(loaded, references)
         if not self.offload:  # every token would bring every block to the device
             texts["after"] = generate_text(loaded.model, loaded.tokenizer, loaded.prompt)
         measured = evaluation.results(full_precision, rtn, quantized, agreement, nearest)
         self.finish(loaded.model, measured, windows, segments)
-        self.report.finish(texts)
         self.publish(loaded)
+        self.report.finish(texts)
         print_summary(self.console, self.results, texts, self.folder.path)
         return self.results
 
@@ -187,11 +183,12 @@ class Runner:
         self.tracker.check()
         loaded = self.load_model()
         plan = self.windows.plan(len(loaded.blocks))
-        vocab_size = loaded.model.config.vocab_size
-        segments = self.calibration.sample(loaded.tokenizer, vocab_size, loaded.context, self.seed)
+        segments = self.calibration.sample(loaded.tokenizer, loaded.model.config.vocab_size, loaded.context, self.seed)
         notes = self.evaluation.prepare(loaded)
         described = self.calibration.describe()
-        identity = versions() | {"model": fingerprint(loaded.model), "calibration": described["sha256"]}
+        here = environment(str(self.device))
+        identity = versions() | {"commit": here["git_commit"], "configuration": self.folder.fingerprint()}
+        identity |= {"model": fingerprint(loaded.model), "calibration": described["sha256"]}
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model)
@@ -209,7 +206,7 @@ class Runner:
             "seed": self.seed,
             "settings": self.settings,
             "protocol": self.evaluation.protocol() | {"calibration": described},
-            "environment": environment(str(self.device)),
+            "environment": here,
             "fingerprint": {"model": identity["model"]},
         }
         self.folder.start(self.results)
@@ -223,7 +220,11 @@ class Runner:
         title = [loaded.name, self.scheme.label, self.method.name]
         self.tracker.start(self.folder.path, " ".join(title), self.settings, title, self.recorder.step)
         constraints = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
-        for line in (*notes, *([f"for target={self.target.name}: {constraints}"] if constraints else [])):
+        for line in (
+            *self.state.notes,
+            *notes,
+            *([f"for target={self.target.name}: {constraints}"] if constraints else []),
+        ):
             self.console.say(line)
         return loaded, segments, plan, place
 
@@ -271,7 +272,6 @@ class Runner:
     ) -> None:
         """Complete and write the results, and close the curves."""
         self.results |= {
-            "status": "finished",
             **measured,
             "windows": [asdict(window) for window in windows],
             "effective_bits": effective_bits(model),
@@ -280,21 +280,25 @@ class Runner:
         self.tracker.log_blocks(agreement_rows(measured["agreement"]))
         self.tracker.table("windows", self.results["windows"])
         self.tracker.finish(summary_figures({key: self.results[key] for key in (*measured, "effective_bits", "cost")}))
+
+    def publish(self, loaded: LoadedModel) -> None:
+        """Write the model for an engine, if that is asked for; then the run is finished, also where that failed."""
+        try:
+            exported = self.export.publish(loaded, self.folder.path / "export", self.results)
+        except Exception as error:
+            self.close({"export_error": failure(error)})
+            raise
+        self.close({"export": exported} if exported else {})
+
+    def close(self, more: dict) -> None:
+        """Write the results of a run that is finished, with `more`; it needs no state any longer."""
+        self.results |= {"status": "finished", **more}
         write_results(self.folder.path, self.results)
         self.state.discard()
 
-    def publish(self, loaded: LoadedModel) -> None:
-        """Write the model for an engine, if that is asked for, and record it."""
-        exported = self.export.publish(loaded, self.folder.path / "export", self.results)
-        if exported:
-            self.results["export"] = exported
-            write_results(self.folder.path, self.results)
-
     def fail(self, error: BaseException) -> None:
-        """Write down that the run failed, if it had begun; of one whose model is finished, that its export did."""
-        if self.results.get("status") == "finished":
-            write_results(self.folder.path, self.results | {"export_error": failure(error)})
-        elif self.results:
+        """Write down that the run failed, if it had begun and is not finished."""
+        if self.results and self.results["status"] != "finished":
             self.tracker.failed()
             write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
             self.folder.report_failure(error, self.state.describe(), self.results["environment"])

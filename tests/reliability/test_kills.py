@@ -55,7 +55,8 @@ def test_asked_to_end(starter, reference, seconds, tmp_path, moments, number, co
     tried = told = 0
     for index in range(10):
         run = tmp_path / f"run{index}"
-        ended = starter.start(run, after=moments.uniform(0.1, 0.9) * seconds, number=number)
+        # As typed again by resume=, overwrite=true would throw away what there is to go on from.
+        ended = starter.start(run, "overwrite=true", after=moments.uniform(0.1, 0.9) * seconds, number=number)
         if ended.code == 0:
             continue
         tried += 1
@@ -64,7 +65,9 @@ def test_asked_to_end(starter, reference, seconds, tmp_path, moments, number, co
         if f"cbq: to go on: cbq resume={run}" in ended.said:
             told += 1
             assert (run / "error.txt").is_file()
+            windows = len(list((run / "state").glob("state.*.json"))) > 1
             ended = starter.start(run, resume=True)
+            assert ("going on after window" in ended.said) or not windows, ended.said
         else:  # it had not begun
             ended = starter.start(run)
         assert ended.code == 0, ended.said

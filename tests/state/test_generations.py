@@ -169,6 +169,49 @@ def test_killed_at_any_moment_of_a_commit(store, monkeypatch):
     assert not [path for path in store.folder.iterdir() if path.name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(22, "Invalid argument")], ids=["ctrl-c", "einval"])
+def test_interrupted_at_any_moment_of_a_commit(store, monkeypatch, error):
+    """Not killed: what is cleaned up then is nothing that the newest manifest names."""
+    real, newest = {"replace": os.replace, "fsync": os.fsync}, 3
+    for moment in range(1, 30):
+        seen = []
+
+        def failing(name: str, seen: list = seen, moment: int = moment):
+            def call(*args, **kwargs):
+                result = real[name](*args, **kwargs)
+                seen.append(name)
+                if len(seen) == moment:
+                    raise error
+                return result
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", failing("replace"))
+            patch.setattr(os, "fsync", failing("fsync"))
+            again = Generations(store.folder)
+            again.find()
+            with suppress(KeyboardInterrupt, OSError):
+                again.commit({"a": lambda newest=newest: tensors(newest + 1)}, {"number": newest + 1})
+        found = Generations(store.folder).find()
+        assert found.facts["number"] in (newest, newest + 1)
+        assert Generations(store.folder).damaged == []
+        newest = found.facts["number"]
+        check(store.folder, newest)
+        if len(seen) < moment:
+            break
+    assert moment > 5
+
+
+def test_a_state_behind_a_link_is_removed(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "scratch")
+    store = Generations(tmp_path / "state")
+    commit(store, 1)
+    store.discard()
+    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "scratch"])
+
+
 def test_tensors_of_a_larger_memory(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     store = Generations(tmp_path)

@@ -14,6 +14,7 @@ from tiny_models import tiny_model
 from transformers import AutoTokenizer
 
 from cbq.cli import conf_dir, flatten
+from cbq.cli.commands import was_finished
 from cbq.errors import InputError
 from cbq.report.reproduction import figures, weights
 from cbq.run_folder import RunFolder
@@ -44,6 +45,9 @@ SLOW_CASES = {
 }
 
 
+FULL = OSError(28, "No space left on device")
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -55,13 +59,15 @@ def compose_run(model: Path, overrides: list[str]) -> dict:
         return compose("config", overrides=["model=hf", f"model.path={model}", *small, *overrides])
 
 
-def run(folder: Path, config: dict, commits: int | None = None, **changes: object) -> dict:
-    """Run in this process, up to the end of the given number of commits; return what results say."""
+def run(folder: Path, config: dict, commits: int | None = None, failing: int | None = None, **changes: object) -> dict:
+    """Run in this process, up to the end of the given number of commits, one of which fails; return the results."""
     real, done = generations.Generations.commit, []
 
     def commit(self, *args, **kwargs) -> None:
-        real(self, *args, **kwargs)
         done.append(1)
+        if len(done) == failing:
+            raise FULL
+        real(self, *args, **kwargs)
         if len(done) == commits:
             raise Killed
 
@@ -128,6 +134,20 @@ def test_resumed_equals_uninterrupted_in_every_kind_of_block(tmp_path, tiny_llam
     AutoTokenizer.from_pretrained(tiny_llama_folder).save_pretrained(tmp_path / "model")
     options = [f"calibration.path={text}", f"evaluation.text_path={text}", "quant=w4a4", "preprocess=cfp"]
     check_resumed(tmp_path, compose_run(tmp_path / "model", options), 3)
+
+
+@pytest.mark.parametrize("failing", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_one_write_that_fails_is_made_up_for(tmp_path, tiny_llama_folder, text, failing):
+    """A disk that was full for a while: the next state holds what the failed one did not."""
+    options = [f"calibration.path={text}", f"evaluation.text_path={text}", "method=gptq", "quant=w4a4"]
+    config = compose_run(tiny_llama_folder, options)
+    whole = run(tmp_path / "whole", config)
+    left = run(tmp_path / "parts", config, commits=failing + 1, failing=failing)
+    assert left["status"] == "running"
+    resumed = run(tmp_path / "parts", config)
+    found = figures(whole, resumed) + weights(tmp_path / "whole" / "checkpoint", tmp_path / "parts" / "checkpoint")
+    assert [figure for figure in found if not figure.same] == []
+    assert f"going on after window {failing}" in (tmp_path / "parts" / "run.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +217,83 @@ def test_a_state_that_cannot_be_written_is_said_and_the_run_ends_well(
     tmp_path, tiny_llama_folder, interrupted, monkeypatch, capsys
 ):
     def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise FULL
 
     monkeypatch.setattr(generations, "write_tensors", full)
     results = run(tmp_path / "run", compose_run(tiny_llama_folder, interrupted[1]))
     assert results["status"] == "finished"
     assert capsys.readouterr().out.count("the state was not written (No space left on device)") == 5
+
+
+def test_interrupted_while_it_exports(tmp_path, tiny_llama_folder, interrupted, monkeypatch):
+    """It is not finished, and goes on to the export; one whose export fails is finished."""
+    config = compose_run(tiny_llama_folder, interrupted[1])
+
+    def failing(error: BaseException):
+        def publish(*args: object) -> None:
+            raise error
+
+        return publish
+
+    here = tmp_path / "run"
+    for error in (KeyboardInterrupt(), ZeroDivisionError()):
+        with monkeypatch.context() as patch:
+            patch.setattr("cbq.exporter.NoExport.publish", failing(error))
+            with pytest.raises(type(error)):
+                run(here, config)
+        finished = isinstance(error, Exception)
+        results = json.loads((here / "results.json").read_text())
+        assert results["status"] == ("finished" if finished else "failed")
+        assert results.get("export_error", "").startswith("ZeroDivisionError") == finished
+        assert (here / "state").exists() != finished
+    assert "going on after window 4" in (here / "run.log").read_text()
+
+
+def test_interrupted_while_curves_are_closed(tmp_path, tiny_llama_folder, interrupted, monkeypatch):
+    config = compose_run(tiny_llama_folder, interrupted[1])
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cbq.tracking.Tracker.finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", config)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "failed"
+    assert run(tmp_path / "run", config)["status"] == "finished"
+
+
+def test_a_finished_run_that_left_its_state(tmp_path, tiny_llama_folder, interrupted, capsys):
+    config = compose_run(tiny_llama_folder, interrupted[1])
+    run(tmp_path, config)
+    (tmp_path / "state" / "scores").mkdir(parents=True)
+    folder = RunFolder(tmp_path, config)
+    assert was_finished(folder)
+    assert "already finished" in capsys.readouterr().out
+    assert not folder.state_path.exists()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"identity": 3}, {"identity": "IT", "windows": []}, {"identity": "IT", "parts": [], "windows": []}],
+    ids=repr,
+)
+def test_facts_that_are_none_are_one_line(tmp_path, tiny_llama_folder, interrupted, facts):
+    config = compose_run(tiny_llama_folder, interrupted[1])
+    run(tmp_path / "run", config, 2)
+    store = generations.Generations(tmp_path / "run" / "state")
+    known = store.find().facts
+    facts = {key: known["identity"] if value == "IT" else value for key, value in facts.items()}
+    store.commit({}, facts)
+    with pytest.raises(InputError, match="the state to go on from is damaged"):
+        run(tmp_path / "run", config)
+
+
+def test_curves_that_cannot_be_read_do_not_bar_a_run(tmp_path, tiny_llama_folder, interrupted):
+    config = compose_run(tiny_llama_folder, interrupted[1])
+    run(tmp_path / "run", config, 3)
+    (tmp_path / "run" / "metrics.csv").write_bytes(b"\xff\x00nonsense\n1\n")
+    assert run(tmp_path / "run", config)["status"] == "finished"
 
 
 def test_without_state(tmp_path, tiny_llama_folder, interrupted):

@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cbq.checkpoint import find_checkpoint
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten, quote
 from cbq.cli.reproduce import Reproduction
 from cbq.cli.stored import stored_group
+from cbq.errors import InputError
 from cbq.models.loading import results_name
 from cbq.report.command import report_folder
 from cbq.report.runs import RunList
@@ -67,9 +69,10 @@ class Command:
 def quantize(config: DictConfig) -> None:
     """Quantize one model into the job's folder, unless this very run is finished there."""
     typed = list(HydraConfig.get().overrides.task)
-    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir), config, config.overwrite, typed)
-    if folder.is_finished():
-        print(f"already finished: {folder.path} (overwrite=true starts anew)")
+    # What is typed for one start only; typed again by resume= it would throw away what there is to go on from.
+    recorded = [word for word in typed if word.partition("=")[0].lstrip("+") not in ("overwrite", "save_state")]
+    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir), config, config.overwrite, recorded)
+    if was_finished(folder):
         return
     if HydraConfig.get().mode is RunMode.MULTIRUN and "group" in config.tracking and config.tracking.group is None:
         config.tracking.group = sweep_name(HydraConfig.get().sweep.dir)
@@ -77,6 +80,8 @@ def quantize(config: DictConfig) -> None:
     settings = {key: choice for key, choice in choices.items() if choice is not None and key not in NOT_SETTINGS}
     runner = None
     with folder.held():
+        if was_finished(folder):  # by another since
+            return
         try:
             settings = flatten(config) | settings
             check_keys(config)
@@ -88,9 +93,21 @@ def quantize(config: DictConfig) -> None:
                 runner.fail(error)
             elif HydraConfig.get().mode is RunMode.MULTIRUN and folder.is_free():  # a cell of a table, which shows it
                 folder.start(failed_results(config, settings, error))
-            if isinstance(error, KeyboardInterrupt) and runner is not None and runner.results:
+            begun = runner is not None and runner.results and runner.results["status"] != "finished"
+            if isinstance(error, KeyboardInterrupt) and begun:
                 print(f"cbq: to go on: cbq resume={shlex.quote(str(folder.path))}", file=sys.stderr)
             raise
+
+
+def was_finished(folder: RunFolder) -> bool:
+    """Return whether a run is finished in its folder, and say so; a state that was left there is removed."""
+    if not folder.is_finished():
+        return False
+    if folder.state_path.exists():
+        with suppress(InputError), folder.held():
+            folder.remove_state()
+    print(f"already finished: {folder.path} (overwrite=true starts anew)")
+    return True
 
 
 def sweep_name(folder: str) -> str:

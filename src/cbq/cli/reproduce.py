@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import cbq
@@ -45,31 +46,35 @@ class Reproduction:
         """
         typed, working_folder = command_of(self.folder)
         then = read_results(self.folder)
-        if then["status"] != "finished":
-            raise InputError(f"the run in {self.folder} is {then['status']}, not finished: cbq resume={self.folder}")
+        status = then.get("status")
+        if status != "finished":
+            raise InputError(f"the run in {self.folder} is {status}, not finished: cbq resume={self.folder}")
         if not working_folder.is_dir():
             raise InputError(f"the run in {self.folder} was started in {working_folder}, which is not there")
-        self.say_environment(then["environment"])
+        self.say_environment(then.get("environment") or {})
         command = [sys.executable, "-m", "cbq", *typed, f"hydra.run.dir={quote(str(self.out))}"]
         package = Path(cbq.__file__).resolve().parents[1]
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-        code = subprocess.run(
-            command, cwd=working_folder, env=os.environ | {"PYTHONPATH": path}, check=False
-        ).returncode
+        # Safe: where it was typed may be somebody else's folder, and hold modules of any name.
+        safely = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        code = subprocess.run(command, cwd=working_folder, env=safely, check=False).returncode
         if code:
             raise InputError(f"the run in {self.folder} does not run again: it ended with code {code}")
         return self.compare(then)
 
     def say_environment(self, then: dict) -> None:
         """Say what of versions and hardware is not what it was."""
-        now = environment(then["device"])
+        now = environment("cuda" if torch.cuda.is_available() else "cpu")
         for key in ("cbq", "git_commit", "python", "torch", "transformers", "lightning", *HARDWARE):
-            if then.get(key) != now[key] and key != "device_name":
+            if then.get(key) != now[key]:
                 self.console.print(f"{key} was {then.get(key)}, is {now[key]}", markup=False, soft_wrap=True)
 
     def compare(self, then: dict) -> list[Figure]:
         """Compare the finished runs, and say what came out."""
-        found = figures(then, read_results(self.out)) + weights(self.folder / "checkpoint", self.out / "checkpoint")
+        now = read_results(self.out)
+        if now is None:
+            raise InputError(f"the run in {self.folder} does not run again: it left no results in {self.out}")
+        found = figures(then, now) + weights(self.folder / "checkpoint", self.out / "checkpoint")
         differing = [figure for figure in found if not figure.same]
         for figure in differing[:MANY]:
             self.console.print(f"{figure.name}: {figure.then} then, {figure.now} now", markup=False, soft_wrap=True)

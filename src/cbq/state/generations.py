@@ -113,7 +113,7 @@ class Generations:
         files = dict(self.current.files) if self.current else {}
         for name in dropped:
             files.pop(name, None)
-        written: list[Path] = []
+        manifest, written = self.folder / f"state.{number}.json", []
         try:
             for name, tensors in changed.items():
                 written.append(self.folder / f"{name}.{number}.safetensors")
@@ -123,17 +123,21 @@ class Generations:
                 files[name] = {"file": written[-1].name, "bytes": size, "hash": digest}
             content = {"format_version": FORMAT_VERSION, "files": files, "facts": facts}
             sealed = {"hash": hash_content(content), "content": content}
-            write_text(self.folder / f"state.{number}.json", json.dumps(sealed) + "\n")
+            write_text(manifest, json.dumps(sealed) + "\n")
         except BaseException:
-            for path in written:
-                path.unlink(missing_ok=True)
+            if not manifest.exists():  # it may be interrupted right after it is in its place
+                for path in written:
+                    path.unlink(missing_ok=True)
             raise
         before, self.current = self.current, Generation(self.folder, number, files, facts)
         self._clean([generation for generation in (before, self.current) if generation])
 
     def discard(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all of it, also where the folder is a link."""
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder.resolve(), ignore_errors=True)
+        if self.folder.is_symlink():
+            self.folder.unlink()
         self.current = None
 
     def _numbers(self) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,6 @@ from cbq.activations import ActivationCache
 from cbq.errors import InputError
 from cbq.evaluation.evaluation import NOT_RECALLED, circumstances
 from cbq.evaluation.recall import Recall
-from cbq.reconstruction.loop import NoJournal
 from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import Window
@@ -49,32 +48,37 @@ class RunState:
         solver: of the run.
         say: takes a line for the user.
         parts: what else goes on, by name.
+        writes: otherwise what is there is gone on from, and nothing is written.
+
+    Attributes:
+        found: whether there is something to go on from.
+        notes: what `find` has to say, in lines.
     """
 
     def __init__(
-        self, folder: Path, solver: WindowSolver, say: Callable[[str], None], parts: Mapping[str, Stateful]
+        self,
+        folder: Path,
+        solver: WindowSolver,
+        say: Callable[[str], None],
+        parts: Mapping[str, Stateful],
+        writes: bool = True,
     ) -> None:
         self.generations = Generations(folder)
         self.solver = solver
         self.say = say
         self.parts = parts
+        self.writes = writes
+        self.found = False
+        self.notes: list[str] = []
         self.identity: dict[str, Any] = {}
-
-    @property
-    def found(self) -> bool:
-        """Whether there is something to go on from."""
-        return self.generations.current is not None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What was written besides tensors; nothing if nothing was `found`."""
-        return self.generations.current.facts if self.generations.current else {}
+        self.unwritten: set[int] = set()  # blocks whose file is not of their present stage
 
     def find(self, identity: dict[str, Any], wanted: bool) -> None:
         """Look for a state, and take it up but for blocks, streams and random generators.
 
         Args:
-            identity: what decides the result besides the configuration: versions, hashes of the model and of data.
+            identity: what decides the result: versions, hashes of the configuration, of the model and of data; and the
+                "commit" of cbq, of which another is only said.
             wanted: otherwise there is none to go on from.
 
         Raises:
@@ -84,37 +88,50 @@ class RunState:
         try:
             found = self.generations.find() if wanted else None
         except DamagedError as error:
-            raise InputError(f"the state to go on from is damaged ({error}): overwrite=true starts anew") from None
+            raise damaged(str(error)) from None
         for line in self.generations.damaged:
-            self.say(f"{line}: going on from the state before it")
+            self.notes.append(f"{line}: going on from the state before it")
         if found is None:
             return
-        before = found.facts["identity"]
-        differing = [
-            f"{key} was {before.get(key)}, is {identity.get(key)}"
-            for key in sorted(before.keys() | identity.keys())
-            if before.get(key) != identity.get(key)
-        ]
+        try:
+            before = found.facts["identity"]
+            differing = {
+                key: f"{key} was {before.get(key)}, is {identity.get(key)}"
+                for key in sorted(before.keys() | identity.keys())
+                if before.get(key) != identity.get(key)
+            }
+        except (KeyError, TypeError, AttributeError):
+            raise damaged("it does not say whose it is") from None
+        commit = differing.pop("commit", None)
         if differing:
             raise InputError(
                 f"the run in {self.generations.folder.parent} cannot go on, because the result would be another: "
-                f"{'; '.join(differing)} (overwrite=true starts anew)"
+                f"{'; '.join(differing.values())} (overwrite=true starts anew)"
             )
-        for name, part in self.parts.items():
-            part.load_state_dict(found.facts["parts"][name])
-        self.say(f"going on {self.describe()}")
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(found.facts["parts"][name])
+            self.notes.append(f"going on {self.describe()}")
+        except (KeyError, TypeError, AttributeError):
+            raise damaged("it does not say how far the run was") from None
+        if commit:
+            self.notes.append(f"the code of cbq is not what the run was begun with: its {commit}")
+        self.found = True
 
     def recall(self, what: str) -> Recall:
         """Return what remembers scores of this run, so that one that goes on need not measure them again.
 
         Args:
-            what: is measured.
+            what: is measured: the hash of a model, or what is done to the one that the run began with.
         """
-        return Recall(self.generations.folder / "scores", (what, *self.identity.values(), *circumstances()))
+        if not self.writes:
+            return NOT_RECALLED
+        return Recall(self.generations.folder / "scores", (what, *map(str, self.identity.values()), *circumstances()))
 
     def begin(self, blocks: nn.ModuleList) -> None:
         """Write the blocks as preprocessing left them."""
-        self._commit({role(index): block.state_dict for index, block in enumerate(blocks)}, [], {})
+        self.unwritten = set(range(len(blocks)))
+        self._commit(blocks, {}, [], {})
 
     def recall_(self, cache: ActivationCache) -> list[WindowResult]:
         """Bring blocks, streams and random generators to where they were, if a state was found.
@@ -128,9 +145,9 @@ class RunState:
         Raises:
             InputError: a file was damaged since it was looked at.
         """
-        generation = self.generations.current
-        if generation is None:
+        if not self.found:
             return []
+        generation = self.generations.current
         facts = generation.facts
         try:
             for index, block in enumerate(cache.blocks):
@@ -142,9 +159,9 @@ class RunState:
                     *((positions[name], self._chunks(name)) for name in ("full_precision", "quantized")),
                 )
             set_random_states(generation.load("random"), facts["random"])
-        except (DamagedError, KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"the state to go on from is damaged ({error}): overwrite=true starts anew") from None
-        return [WindowResult(**result) for result in facts["windows"]]
+            return [WindowResult(**result) for result in facts["windows"]]
+        except (DamagedError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise damaged(str(error)) from None
 
     def keep(self, cache: ActivationCache, window: Window, results: list[WindowResult]) -> None:
         """Write what a window changed.
@@ -154,17 +171,17 @@ class RunState:
             window: the last that was solved; its finished blocks are fused.
             results: of all windows so far.
         """
-        blocks = {role(index): cache.blocks[index].state_dict for index in range(window.start, window.stop)}
+        self.unwritten |= set(range(window.start, window.stop))
         files = {}
         for name, stream in (("full_precision", cache.full_precision), ("quantized", cache.quantized)):
             files |= {f"{name}-{index:03}": partial(chunk, stream, part) for index, part in enumerate(parts(stream))}
-        self._commit(blocks | files, results, self._stages(cache, window), streams_of(cache))
+        self._commit(cache.blocks, files, results, self._stages(cache, window), streams_of(cache))
 
     def describe(self) -> str:
         """Say how far what is written is."""
-        if not self.found:
-            return "none was written yet"
-        windows = self.facts["windows"]
+        if self.generations.current is None:
+            return "none was written"
+        windows = self.generations.current.facts["windows"]
         return f"after window {len(windows)}" if windows else "after preprocessing, before the first window"
 
     def discard(self) -> None:
@@ -179,12 +196,15 @@ class RunState:
 
     def _commit(
         self,
+        blocks: nn.ModuleList,
         files: dict[str, Callable[[], dict[str, torch.Tensor]]],
         results: list[WindowResult],
         stages: dict[str, list],
         streams: dict[str, Any] | None = None,
     ) -> None:
-        """Write a generation; where that fails, say so and stay with the one before."""
+        """Write a generation with all blocks that are not; where that fails, say so and stay with the one before."""
+        if not self.writes:
+            return
         tensors, states = random_states()
         facts = {
             "identity": self.identity,
@@ -194,8 +214,10 @@ class RunState:
             **({"streams": streams} if streams else {}),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
+        changed = {role(index): blocks[index].state_dict for index in sorted(self.unwritten)}
         try:
-            self.generations.commit(files | {"random": lambda: tensors}, facts)
+            self.generations.commit(changed | files | {"random": lambda: tensors}, facts)
+            self.unwritten.clear()
         except OSError as error:
             reason = error.strerror or error
             self.say(f"the state was not written ({reason}): a resume would go on from the last that was")
@@ -207,31 +229,9 @@ class RunState:
             yield generation.load(file)["hidden"]
 
 
-class NoState(NoJournal):
-    """A run of which nothing is kept. Its methods are those of `RunState`."""
-
-    found = False
-    facts: ClassVar[dict[str, Any]] = {}
-
-    def find(self, identity: dict[str, Any], wanted: bool) -> None:
-        """Find nothing."""
-
-    def begin(self, blocks: nn.ModuleList) -> None:
-        """Write nothing."""
-
-    def recall(self, what: str) -> Recall:
-        """Return what remembers nothing."""
-        return NOT_RECALLED
-
-    def discard(self) -> None:
-        """Remove nothing."""
-
-    def describe(self) -> str:
-        """Say that there is none."""
-        return "none was kept"
-
-
-NO_STATE = NoState()
+def damaged(reason: str) -> InputError:
+    """Return the error of a state that cannot be gone on from."""
+    return InputError(f"the state to go on from is damaged ({reason}): overwrite=true starts anew")
 
 
 def role(index: int) -> str:

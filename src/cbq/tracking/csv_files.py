@@ -1,6 +1,7 @@
 """`metrics.csv` and `blocks.csv`: every row of a run in plain tables."""
 
 import csv
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from cbq.tracking.sink import AXES, BLOCK, STEP, Row, RunInfo, Sink
 
 NAMES = {STEP: "metrics.csv", BLOCK: "blocks.csv"}
+
+LOGGER = logging.getLogger("cbq")
 
 
 class CsvFile:
@@ -96,13 +99,17 @@ def read_rows(path: Path, stop: int | None = None) -> list[Row]:
         path: `metrics.csv` or `blocks.csv`.
         stop: the first step that is left out, with all that follows.
 
-    Note: what a killed process wrote last may be half a line; it is of a step that is left out.
+    Note: what a killed process wrote last may be half a line; it is of a step that is left out. What else cannot be
+        read ends the rows likewise: curves are no reason not to go on.
     """
     rows: list[Row] = []
-    for cells in read_cells(path) if path.exists() else []:
-        if stop is not None and (not (cells[STEP] or "").isdigit() or int(cells[STEP]) >= stop):
-            break
-        rows.append({name: number(cell) for name, cell in cells.items() if cell})
+    try:
+        for cells in read_cells(path) if path.exists() else []:
+            if stop is not None and (not (cells[STEP] or "").isdigit() or int(cells[STEP]) >= stop):
+                break
+            rows.append({name: number(cell) for name, cell in cells.items() if cell})
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        LOGGER.warning("%s cannot be read beyond %d rows: %s", path, len(rows), error)
     return rows
 
 

@@ -1,6 +1,7 @@
 """A Weights & Biases run, the only door to wandb, which is imported only when it is wanted."""
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -114,7 +115,7 @@ class WandbRun(Sink):
         """
         path = run.folder / "wandb" / ID_NAME
         name = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-        if not name:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # it becomes part of a path below
             return None
         left = list(path.parent.glob(f"offline-run-*-{name}"))
         if any(list(old.glob("*.synced")) for old in left):
