@@ -219,12 +219,7 @@ class Runner:
         )
         title = [loaded.name, self.scheme.label, self.method.name]
         self.tracker.start(self.folder.path, " ".join(title), self.settings, title, self.recorder.step)
-        constraints = ", ".join(f"{name}={value}" for name, value in self.constraints.items())
-        for line in (
-            *self.state.notes,
-            *notes,
-            *([f"for target={self.target.name}: {constraints}"] if constraints else []),
-        ):
+        for line in (*self.state.notes, *notes, *self.target.notes(self.constraints)):
             self.console.say(line)
         return loaded, segments, plan, place
 

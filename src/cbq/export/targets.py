@@ -25,6 +25,10 @@ class NoTarget:
     def check(self, schemes: Mapping[str, QuantScheme]) -> None:
         """Refuse nothing."""
 
+    def notes(self, constraints: Mapping[str, object]) -> list[str]:
+        """Return nothing to say."""
+        return []
+
 
 class Target(ABC):
     """An engine.
@@ -62,6 +66,11 @@ class Target(ABC):
             given = {name: getattr(found, name) for name in OF_LINEARS if name in override}
             overrides.append({"linears": override["linears"]} | given | different)
         return replace(base, overrides=overrides or scheme.overrides)
+
+    def notes(self, constraints: Mapping[str, object]) -> list[str]:
+        """Return what is worth a word of the fields of a scheme that `constrain` changed, in lines."""
+        said = ", ".join(f"{name}={value}" for name, value in constraints.items())
+        return [f"for target={self.name}: {said}"] if said else []
 
     def check(self, schemes: Mapping[str, QuantScheme]) -> None:
         """Refuse what several overrides make of a linear together, where each of them alone can be run.
