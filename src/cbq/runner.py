@@ -149,6 +149,7 @@ class Runner:
         evaluation, state = self.evaluation, self.state
         full_precision = self.score(evaluation.score, loaded, "full precision", evaluation.recall, baseline=True)
         references = evaluation.remember(loaded)
+        self.export.remember(loaded.model, lambda: loaded)
         texts = {} if self.offload else {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
