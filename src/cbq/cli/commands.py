@@ -179,7 +179,8 @@ def export(config: DictConfig) -> None:
     def load_base() -> LoadedModel:
         return instantiate(stored_group(run_config, "model"))()
 
-    instantiate(config.command, checkpoint=config.checkpoint, load_base=load_base).run()
+    known = load_base if run_config.is_file() else None
+    instantiate(config.command, checkpoint=config.checkpoint, load_base=known).run()
 
 
 def generate(config: DictConfig) -> None:
