@@ -82,8 +82,8 @@ def check_complete(folder: Path, config: PreTrainedConfig, info: dict) -> None:
         InputError: there are some.
     """
     # Parameters of a block that nothing uses (biases, more blocks) mean that config.json describes another model.
-    # Position tables of old LLaMA checkpoints are no parameters, nor is the order of inputs in the layout of GPTQ, which
-    # AutoRound does not read: it refuses any but the plain one.
+    # Position tables of old LLaMA checkpoints are no parameters, nor is the order of inputs in the layout of GPTQ:
+    # AutoRound does not read it, and refuses any but the plain one.
     known = config.model_type in supported_types()
     blocks = (find_family(config).blocks if known else "") + "."
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith(NO_PARAMETERS)]
