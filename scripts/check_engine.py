@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch.nn import functional as F
 
 import cbq
+from cbq.evaluation.comparison import perplexity, rms_difference, token_nll
 from cbq.exporter import held_out_segments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,28 +51,6 @@ def build(engine: str) -> Path:
     return python
 
 
-@torch.no_grad()
-def token_nll(model: torch.nn.Module, segments: torch.Tensor) -> torch.Tensor:
-    """Return the negative log likelihood of every predicted token, (N * (T - 1),), float64."""
-    return torch.cat(
-        [
-            F.cross_entropy(logits[0, :-1].double(), segment[1:], reduction="none")
-            for segment in segments
-            for logits in [model(input_ids=segment[None], use_cache=False).logits]
-        ]
-    )
-
-
-def perplexity(nll: torch.Tensor) -> float:
-    """Return the perplexity of tokens (M,)."""
-    return nll.mean().exp().item()
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the root mean square difference of tokens (M,)."""
-    return (one - other).square().mean().sqrt().item()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("engine", choices=ENVIRONMENTS)
@@ -95,7 +73,7 @@ def main() -> int:
     found = torch.tensor(engine["nll"], dtype=torch.float64)
     change = (found.mean() - ours.mean()).exp().item() - 1
     print(f"perplexity in cbq {perplexity(ours):.4f}, through {options.engine} {perplexity(found):.4f} ({change:+.2%})")
-    near, far = (distance(found, other) for other in (ours, full_precision))
+    near, far = (rms_difference(found, other) for other in (ours, full_precision))
     print(
         f"full precision {perplexity(full_precision):.4f}; a token's log likelihood is {near:.4f} off cbq's, "
         f"{far:.4f} off full precision's (root mean square)"

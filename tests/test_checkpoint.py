@@ -80,6 +80,19 @@ def saved(request, tiny_llama_folder, tmp_path_factory) -> tuple[LoadedModel, Qu
     return loaded, request.param, folder
 
 
+def test_what_engines_leave_out_is_said(tiny_llama_folder, tmp_path):
+    for number, (scheme, said) in enumerate(
+        [
+            (QuantScheme(4, 16), 0),
+            (QuantScheme(4, 16, overrides=[{"linears": ".*down_proj", "act_bits": 8}]), 1),
+            (QuantScheme(4, 16, qkv_bits=4), 1),
+        ]
+    ):
+        loaded = finish(tiny_llama_folder, scheme)
+        notes = save_checkpoint(loaded.model, loaded.tokenizer, tmp_path / str(number))
+        assert ["silently leave out the quantization of activations" in note for note in notes] == [True] * said
+
+
 def test_load_is_bit_equal(saved, tiny_llama_folder):
     loaded, _, folder = saved
     again = load_checkpoint(folder)

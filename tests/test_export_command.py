@@ -74,6 +74,29 @@ def test_the_command_writes_the_same(command, run_folder, tmp_path, capsys):
         assert (out / name).read_bytes() == (run_folder / "export" / name).read_bytes()
 
 
+def test_an_inexact_export_is_told_apart_from_the_model_of_the_run(command, tiny_llama_folder, tmp_path, capsys):
+    """By the run, which has it in memory, and by the command, which loads it: the same figures."""
+    folder, out = tmp_path / "run", tmp_path / "again"
+    words = ["model=hf", f"model.path={tiny_llama_folder}", "quant=w8a8", "target=vllm", "method=rtn"]
+    words += ["tracking.mode=disabled", "report=none", "calibration=embedded", "calibration.num_segments=2"]
+    words += [
+        "calibration.segment_tokens=32",
+        "evaluation=embedded",
+        "evaluation.corpora=[]",
+        "export.verify_segments=1",
+    ]
+    assert command(*words, "export=compressed_tensors", f"hydra.run.dir={folder}") == 0
+    assert "silently leave out the quantization of activations" in " ".join(capsys.readouterr().out.split())
+    results = json.loads((folder / "results.json").read_text())
+    jsonschema.validate(results, json.loads(SCHEMA_PATH.read_text()))
+    verified = results["export"]["verified"]
+    assert verified["other_distance"] > verified["distance"] / 2 > 0
+    assert command("export", str(folder), f"export.out={out}", "export.verify_segments=1") == 0
+    said = f"Full precision: {verified['full_precision_perplexity']:.4f}; from it a token's log likelihood is"
+    assert said in capsys.readouterr().out
+    assert said in (out / "README.md").read_text()
+
+
 def test_generate_beside_the_model_of_the_run(command, run_folder, capsys):
     prompt = "prompt=def it's(x=1, [\\"
     assert command("generate", str(run_folder / "checkpoint"), prompt, "compare=true", "max_tokens=4") == 0

@@ -72,6 +72,26 @@ def test_a_disagreement_keeps_nothing(loaded, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_full_precision_in_the_place_of_the_export_is_found(tiny_llama_folder, tmp_path, monkeypatch):
+    """Its weights are packed out of sight, and 8 bits are so close that no perplexity tells."""
+    loaded = rounded(tiny_llama_folder, AutoRoundTarget().constrain(QuantScheme(8, 16)))
+    full_precision = load_pretrained(str(tiny_llama_folder))
+
+    def load_full_precision(self, folder, schemes, device):
+        engine = load_pretrained(str(tiny_llama_folder)).model
+        for name in schemes:
+            engine.set_submodule(name, torch.nn.Sequential(engine.get_submodule(name)))
+        return engine
+
+    monkeypatch.setattr("cbq.export.gptq.find_spec", lambda name: name)
+    monkeypatch.setattr(AutoRound, "load_engine", load_full_precision)
+    export = Export(AutoRound(), verify_segments=2)
+    export.remember(loaded.model, lambda: full_precision)
+    with pytest.raises(Disagreement, match=r"computes what full precision does, .* is 0 away through auto-round"):
+        export.publish(loaded, tmp_path / "export", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_there_is_not_touched(loaded, tmp_path):
     (tmp_path / "mine").mkdir()
     export = Export(CompressedTensors(), out=str(tmp_path / "mine"))

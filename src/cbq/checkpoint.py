@@ -42,15 +42,22 @@ from cbq.quant.stored import check_stored_number, check_stored_weight
 
 QUANTIZED_FILE = Path("cbq") / "quantized.safetensors"
 FORMAT_VERSION = "1"
+WEIGHTS_ALONE = (
+    "transformers, vLLM and other engines read the weights of a checkpoint alone and silently leave out the "
+    "quantization of activations; cbq.load has it, and an export where its engine can."
+)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[str]:
     """Write a quantized model, all of whose block linears are fused, into `folder`.
 
     Args:
         model: what a run or `cbq.quantize` made.
         tokenizer: the model's own.
         folder: made if it is missing.
+
+    Returns:
+        What a user of the folder must know, a line each.
     """
     folder = Path(folder)
     tensors, schemes = {}, {}
@@ -88,6 +95,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, file, metadata | {"digest": digest(tensors, metadata)})
+    in_activations = attentions or any(linear.act_quantizer is not None for _, linear in fused_linears(model))
+    return [WEIGHTS_ALONE] if in_activations else []
 
 
 def load_checkpoint(folder: str | Path) -> LoadedModel:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import LongTensor, nn
 
 from cbq.data.corpora import CORPORA
 from cbq.errors import InputError, check_flag, check_text, expanded
-from cbq.evaluation.comparison import Comparison, compare_logits
+from cbq.evaluation.comparison import Comparison, compare_logits, token_nll
 from cbq.export.card import card
 from cbq.export.formats import Format, quantized_schemes
 from cbq.export.size import measure
@@ -21,6 +21,9 @@ from cbq.models.loading import LoadedModel, PreTrainedModel
 
 HELD_OUT_TOKENS = 256
 CLOSE = 0.01  # of the perplexity, where an engine's arithmetic is not ours to the bit
+# Of the distance of our model from full precision, what an engine must at least be away from it: an engine that rounds
+# activations a little otherwise is as far from our model as from full precision, but as far from that as ours is.
+DISTINCT = 0.5
 
 
 class Disagreement(RuntimeError):
@@ -32,6 +35,9 @@ class NoExport:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse nothing."""
+
+    def remember(self, model: PreTrainedModel, load_full_precision: Callable[[], LoadedModel]) -> None:
+        """Keep nothing."""
 
     def publish(self, loaded: LoadedModel, default: Path, results: dict) -> None:
         """Do nothing."""
@@ -66,6 +72,8 @@ class Export:
         self.out = out
         self.verify = verify
         self.verify_segments = verify_segments
+        self.full_precision: torch.Tensor | None = None
+        self.unknown = "it was not measured"  # why, where full precision is None
         self.console = Console(highlight=False)
 
     def check(self, model: PreTrainedModel) -> None:
@@ -80,6 +88,22 @@ class Export:
         if self.out is not None:
             check_free(expanded(self.out))
         self.format.check(model)
+
+    def remember(self, model: PreTrainedModel, load_full_precision: Callable[[], LoadedModel]) -> None:
+        """Keep what full precision computes of the held-out text, where the proof will need it.
+
+        Args:
+            model: its blocks' linears either made quantizable, or fused.
+            load_full_precision: returns the model that it is quantized from, where it computes; it may raise an
+                InputError, which the proof then says.
+        """
+        if not self.verify or not self.format.is_installed() or self.is_exact(model):
+            return
+        try:
+            loaded = load_full_precision()
+            self.full_precision = token_nll(loaded.model, self.segments(loaded))
+        except InputError as error:
+            self.unknown = str(error)
 
     def publish(self, loaded: LoadedModel, default: Path, results: dict) -> dict:
         """Write the folder, prove it, and return what results say of it.
@@ -124,27 +148,39 @@ class Export:
         Raises:
             Disagreement: see `publish`.
         """
+        if not self.format.is_installed():
+            self.say(f"export: not verified, {self.format.engine} is not installed")
+            return None
         schemes = quantized_schemes(loaded.model)
         try:
             # Where the blocks are: what is too large for the device is too large for it here as well.
             engine = self.format.load_engine(folder, schemes, next(loaded.blocks.parameters()).device)
         except (InputError, OSError) as error:
             raise Disagreement(f"{self.format.engine} does not load the export, so it is not kept: {error}") from error
-        if engine is None:
-            self.say(f"export: not verified, {self.format.engine} is not installed")
-            return None
         wrong = [name for name in schemes if not same_weight(loaded.model, engine, name)]
         if wrong:
             raise Disagreement(f"the weights that {self.format.engine} reads for {wrong[0]} are not those of the model")
-        segments = held_out_segments(loaded)[: self.verify_segments]
-        found = compare_logits(loaded.model, engine, segments)
+        segments = self.segments(loaded)
+        found = compare_logits(loaded.model, engine, segments, self.full_precision)
         said = self.proof(found)
-        exact = self.format.is_exact(schemes) and str(loaded.model.dtype) == "torch.float32"
+        exact = self.is_exact(loaded.model)
         close = abs(found.other_perplexity - found.perplexity) <= CLOSE * found.perplexity
         if not close or (exact and found.max_difference):
             raise Disagreement(f"the export does not compute what the model does, so it is not kept. {said}")
+        if found.distance is not None and found.other_distance < DISTINCT * found.distance:
+            raise Disagreement(f"the export computes what full precision does, so it is not kept. {said}")
         self.say(f"export: {said} ({segments.numel()} tokens)")
+        if not exact and found.distance is None:
+            self.say(f"export: not compared with full precision: {self.unknown}")
         return found
+
+    def is_exact(self, model: PreTrainedModel) -> bool:
+        """Return whether the engine's logits must be the model's to the bit."""
+        return self.format.is_exact(quantized_schemes(model)) and model.dtype == torch.float32
+
+    def segments(self, loaded: LoadedModel) -> LongTensor:
+        """Return the segments (N, T) that are compared on, in the tokens of a model."""
+        return held_out_segments(loaded)[: self.verify_segments]
 
     def say(self, line: str) -> None:
         """Print a line whole: a path in two pieces cannot be copied."""
@@ -154,10 +190,17 @@ class Export:
         """Return what came of a comparison, in words."""
         if found is None:
             return "Not verified."
-        return (
+        said = (
             f"Logits through {self.format.engine} differ from those of cbq by {found.max_difference:.3g} at most and "
             f"{found.mean_difference:.3g} on average; perplexity {found.other_perplexity:.4f} through "
             f"{self.format.engine}, {found.perplexity:.4f} in cbq."
+        )
+        if found.distance is None:
+            return said + " Not compared with full precision." * (found.max_difference > 0)
+        return (
+            f"{said} Full precision: {found.full_precision_perplexity:.4f}; from it a token's log likelihood is "
+            f"{found.other_distance:.3g} away through {self.format.engine}, {found.distance:.3g} in cbq (root mean "
+            "square)."
         )
 
 

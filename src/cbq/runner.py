@@ -114,14 +114,11 @@ class Runner:
         self.scheme = target.constrain(scheme)
         self.constraints = changes(scheme, self.scheme)
         self.preprocess = preprocess
-        self.windows = windows
-        self.solver = solver
-        self.calibration = calibration
-        self.evaluation = evaluation
+        self.windows, self.solver = windows, solver
+        self.calibration, self.evaluation = calibration, evaluation
         self.activations = activations
         self.offload = offload
-        self.tracker = tracker
-        self.report = report
+        self.tracker, self.report = tracker, report
         self.profile = profile and profile(folder.path)
         self.target, self.export = target, export
         self.folder, self.method = folder, method
@@ -149,6 +146,7 @@ class Runner:
         evaluation, state = self.evaluation, self.state
         full_precision = self.score(evaluation.score, loaded, "full precision", evaluation.recall, baseline=True)
         references = evaluation.remember(loaded)
+        self.export.remember(loaded.model, lambda: loaded)
         texts = {} if self.offload else {"before": generate_text(loaded.model, loaded.tokenizer, loaded.prompt)}
         self.count_expert_tokens(loaded, segments, place)
         set_act_ranges_(loaded.model, loaded.blocks, segments, place)
@@ -161,7 +159,8 @@ class Runner:
             set_act_ranges_(loaded.model, loaded.blocks, segments, place)
             state.begin(loaded.blocks)
         windows = self.reconstruct(loaded.model, loaded.blocks, segments, plan, place)
-        save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint")
+        for note in save_checkpoint(loaded.model, loaded.tokenizer, self.folder.path / "checkpoint"):
+            self.console.say(f"note: {note}")
         quantized = self.score(evaluation.score, loaded, self.scheme.label, state.recall(fingerprint(loaded.model)))
         agreement = evaluation.agreement(loaded, references)
         if not self.offload:  # every token would bring every block to the device

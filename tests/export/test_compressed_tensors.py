@@ -187,8 +187,25 @@ def test_layouts():
     assert layout(QuantScheme(4, 4)) == "int-quantized"
 
 
-def test_dropped_activations_are_said(finished):
-    schemes = quantized_schemes(finished(QuantScheme(4, 4, symmetric=True), Transformers()).model)
-    assert any("silently ignores" in note for note in CompressedTensors().notes(schemes))
-    schemes = quantized_schemes(finished(QuantScheme(4, 16), Transformers()).model)
-    assert CompressedTensors().notes(schemes) == []
+VLLM_DROPS = "silently ignores"
+DEQUANTIZE_DROPS = "drops the quantization of activations with CompressedTensorsConfig(dequantize=True)"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        (QuantScheme(4, 16, symmetric=True), set()),
+        (QuantScheme(8, 8, symmetric=True), {DEQUANTIZE_DROPS}),
+        (QuantScheme(4, 8, symmetric=True), {DEQUANTIZE_DROPS}),
+        (QuantScheme(6, 6), {DEQUANTIZE_DROPS}),  # vLLM refuses its zero points
+        (QuantScheme(4, 4, symmetric=True), {VLLM_DROPS, DEQUANTIZE_DROPS}),
+        (QuantScheme(4, 8, symmetric=True, group_size=32), {VLLM_DROPS, DEQUANTIZE_DROPS}),
+        (QuantScheme(2, 8, symmetric=True, act_granularity="tensor"), {VLLM_DROPS, DEQUANTIZE_DROPS}),
+    ],
+    ids=lambda value: value.label if isinstance(value, QuantScheme) else "",
+)
+def test_dropped_activations_are_said_of_every_layout(scheme, said):
+    other = QuantScheme(8, 16, symmetric=True)
+    for schemes in ({"a": scheme}, {"a": other, "b": scheme}):
+        notes = CompressedTensors().notes(schemes)
+        assert {words for words in (VLLM_DROPS, DEQUANTIZE_DROPS) if any(words in note for note in notes)} == said

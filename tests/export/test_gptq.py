@@ -1,7 +1,6 @@
 """The layout of GPTQ, unpacked here one number at a time."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,9 +77,11 @@ def test_what_has_no_place_is_refused(finished, scheme, said):
         GPTQ().check(finished(scheme).model)
 
 
-def test_an_engine_that_is_not_installed_is_none(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("cbq.export.gptq.find_spec", lambda name: None)
-    assert AutoRound().load_engine(tmp_path, {}, torch.device("cpu")) is None
+@pytest.mark.parametrize(("format", "package"), [(GPTQ(), "gptqmodel"), (AutoRound(), "auto_round")])
+def test_an_engine_is_found_by_its_package(monkeypatch, format, package):
+    for there in (package, None):
+        monkeypatch.setattr("cbq.export.gptq.find_spec", lambda name, there=there: there if name == there else None)
+        assert format.is_installed() is (there is not None)
 
 
 @pytest.mark.parametrize(("bits", "group_size", "warned"), [(4, -1, 1), (4, 16, 1), (4, 32, 0), (3, -1, 0)])

@@ -18,7 +18,7 @@ from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_di
 from cbq.cli.reproduce import Reproduction
 from cbq.cli.stored import stored_group
 from cbq.errors import InputError
-from cbq.models.loading import results_name
+from cbq.models.loading import LoadedModel, results_name
 from cbq.report.command import report_folder
 from cbq.report.runs import RunList
 from cbq.results import environment, failure
@@ -174,7 +174,13 @@ def runs(config: DictConfig) -> None:
 def export(config: DictConfig) -> None:
     """Write a checkpoint in the format of an engine."""
     check_keys(config, "export")
-    instantiate(config.command, checkpoint=config.checkpoint).run()
+    run_config = find_checkpoint(config.checkpoint).parent / CONFIG_NAME
+
+    def load_base() -> LoadedModel:
+        return instantiate(stored_group(run_config, "model"))()
+
+    known = load_base if run_config.is_file() else None
+    instantiate(config.command, checkpoint=config.checkpoint, load_base=known).run()
 
 
 def generate(config: DictConfig) -> None:

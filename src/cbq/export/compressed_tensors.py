@@ -137,6 +137,9 @@ class CompressedTensors(Format):
             map(divides_otherwise, with_activations)
         )
 
+    def is_installed(self) -> bool:
+        return True  # cbq itself needs it
+
     def load_engine(self, folder: Path, schemes: Mapping[str, QuantScheme], device: torch.device) -> nn.Module:
         return load_quantized(folder, device, dequantize=needs_dequantize(schemes))
 

@@ -91,8 +91,12 @@ class Format(ABC):
         """Return whether the engine's logits in float32 are those of the model in memory to the bit."""
 
     @abstractmethod
-    def load_engine(self, folder: Path, schemes: Mapping[str, QuantScheme], device: torch.device) -> nn.Module | None:
-        """Return the model as the engine loads it, in evaluation mode, or None: the engine is not installed."""
+    def is_installed(self) -> bool:
+        """Return whether the engine is here to prove an export with."""
+
+    @abstractmethod
+    def load_engine(self, folder: Path, schemes: Mapping[str, QuantScheme], device: torch.device) -> nn.Module:
+        """Return the model as the engine, which is installed, loads it: in evaluation mode."""
 
     @abstractmethod
     def loading(self, schemes: Mapping[str, QuantScheme]) -> list[str]:

@@ -104,9 +104,10 @@ class GPTQ(Format):
     def is_exact(self, schemes: Mapping[str, QuantScheme]) -> bool:
         return False  # kernels of float16
 
-    def load_engine(self, folder: Path, schemes: Mapping[str, QuantScheme], device: torch.device) -> nn.Module | None:
-        if find_spec(self.package) is None:
-            return None
+    def is_installed(self) -> bool:
+        return find_spec(self.package) is not None
+
+    def load_engine(self, folder: Path, schemes: Mapping[str, QuantScheme], device: torch.device) -> nn.Module:
         return load_quantized(folder, device, dtype=torch.float16)
 
     def loading(self, schemes: Mapping[str, QuantScheme]) -> list[str]:

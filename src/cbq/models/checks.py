@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from cbq.errors import InputError, one_line
 from cbq.models.families import find_family, supported_types
 
+NO_PARAMETERS = ("rotary_emb.inv_freq", ".g_idx")
+
 
 def check_config(folder: Path, config: PreTrainedConfig) -> None:
     """Refuse a model that cannot be quantized.
@@ -80,10 +82,11 @@ def check_complete(folder: Path, config: PreTrainedConfig, info: dict) -> None:
         InputError: there are some.
     """
     # Parameters of a block that nothing uses (biases, more blocks) mean that config.json describes another model.
-    # Position tables of old LLaMA checkpoints are no parameters.
+    # Position tables of old LLaMA checkpoints are no parameters, nor is the order of inputs in the layout of GPTQ:
+    # AutoRound does not read it, and refuses any but the plain one.
     known = config.model_type in supported_types()
     blocks = (find_family(config).blocks if known else "") + "."
-    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith(NO_PARAMETERS)]
     for problem, keys in (
         ("lacks parameters", info["missing_keys"]),
         ("has parameters of a wrong shape", [str(mismatch[0]) for mismatch in info["mismatched_keys"]]),
