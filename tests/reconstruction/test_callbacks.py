@@ -128,11 +128,11 @@ def test_curves_of_a_run_that_goes_on(run, recorded):
     """Windows 1 and 2 alone: numbered as in the whole run."""
     rows: list[dict[str, float]] = []
     curves = WindowCurves(rows.extend)
-    curves.load_state_dict({"step": 8, "window": 0})
+    curves.step, curves.window = 8, 0
     run(W4A4, callbacks=[curves], num_windows=2, kind=AdaRound, warmup=0.25, hard_start=0.75)
     for number in ("cbq_step", "window"):
         assert [row[number] for row in rows] == [row[number] for window in recorded[1:] for row in window]
-    assert curves.state_dict() == {"step": 24, "window": 2}
+    assert (curves.step, curves.window) == (24, 2)
 
 
 def test_curves_add_up(recorded):
