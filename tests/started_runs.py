@@ -1,6 +1,7 @@
 """A run that can be started often, killed, and compared with one that nothing happened to."""
 
 import json
+import math
 import os
 import select
 import signal
@@ -56,6 +57,7 @@ class Starter:
         run: Path,
         *options: str,
         after: float | None = None,
+        once: Path | None = None,
         number: int = signal.SIGKILL,
         die_at: int | None = None,
         resume: bool = False,
@@ -66,15 +68,21 @@ class Starter:
             run: the folder.
             options: added to the experiment's.
             after: seconds to a signal; None: none comes.
+            once: a file that brings the signal as soon as it is there.
             number: of the signal.
             die_at: see `run_server.count_writes`; None: writes are not counted.
             resume: by `resume=<folder>`.
         """
         argv = [f"resume={run}"] if resume else [*self.argv, f"hydra.run.dir={run}"]
-        return self.say(*argv, *options, after=after, number=number, die_at=die_at)
+        return self.say(*argv, *options, after=after, once=once, number=number, die_at=die_at)
 
     def say(
-        self, *argv: str, after: float | None = None, number: int = signal.SIGKILL, die_at: int | None = None
+        self,
+        *argv: str,
+        after: float | None = None,
+        once: Path | None = None,
+        number: int = signal.SIGKILL,
+        die_at: int | None = None,
     ) -> Ended:
         """Run any command; see `start`."""
         self.number += 1
@@ -83,8 +91,11 @@ class Starter:
         self.server.stdin.write(json.dumps({"argv": argv, "output": str(output), "die_at": die_at}) + "\n")
         self.server.stdin.flush()
         process = int(self.server.stdout.readline())
-        if after is not None:
-            select.select([self.server.stdout], [], [], after)  # no longer than to its end
+        if after is not None or once is not None:
+            end = math.inf if after is None else began + after
+            while time.monotonic() < end and not (once and once.exists()):
+                if select.select([self.server.stdout], [], [], min(0.005, max(0, end - time.monotonic())))[0]:
+                    break  # it has ended
             with suppress(ProcessLookupError):  # it has ended
                 os.kill(process, number)
         code = int(self.server.stdout.readline())

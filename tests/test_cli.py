@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from safetensors import SafetensorError
 
 from cbq.cli import main
 from cbq.results import SCHEMA_PATH
@@ -277,6 +278,22 @@ def test_a_fault_of_ours_shows_and_is_kept(cbq, tmp_path, monkeypatch):
     assert results["status"] == "failed"
     assert "ZeroDivisionError" in results["error"]
     assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
+
+
+def test_a_full_disk_is_one_line_and_how_to_go_on(cbq, tmp_path, monkeypatch):
+    """Also where a library in Rust wrote, whose errors have no number."""
+
+    def full(*args: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cbq.runner.save_checkpoint", full)
+        code, _, err = cbq(*SMALL, "hydra.run.dir=run")
+    assert code == 2
+    assert f"cbq: to go on: cbq resume={tmp_path / 'run'}\ncbq: cannot write: No space left on device" in err
+    assert "Traceback" not in err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "failed"
+    assert cbq(*SMALL, "hydra.run.dir=run")[0] == 0
 
 
 @pytest.mark.parametrize(

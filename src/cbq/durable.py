@@ -2,9 +2,13 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Full, over quota, read-only, over the largest file that is allowed, broken.
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
@@ -43,3 +47,24 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Return what is wrong with the disk, as the system says it, or None if it is something else.
+
+    Args:
+        error: what was raised while a file was written; also by libraries in Rust, whose errors have no `errno`.
+
+    Example:
+        >>> disk_fault(OSError(errno.ENOSPC, "No space left on device", "outputs/metrics.csv"))
+        'No space left on device: outputs/metrics.csv'
+        >>> disk_fault(Exception("I/O error: No space left on device (os error 28)"))
+        'No space left on device'
+        >>> disk_fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "text.txt"))
+    """
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number not in DISK_FAULTS:
+        return None
+    return f"{os.strerror(number)}{f': {name}' if name else ''}"

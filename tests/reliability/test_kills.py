@@ -156,15 +156,13 @@ def remount_when_quiet(change) -> None:
 
 
 @pytest.fixture(scope="module")
-def half(starter, seconds, tmp_path_factory) -> Path:
-    """A run that was killed with at least two windows behind it."""
-    folder = tmp_path_factory.mktemp("half")
-    for number in range(20):
-        run = folder / f"run{number}"
-        starter.start(run, after=(0.5 + 0.02 * number) * seconds)
-        if (run / "state" / "state.3.json").exists() and (run / "state" / "state.2.json").exists():
-            return run
-    raise AssertionError("no kill came between two windows")
+def half(starter, tmp_path_factory) -> Path:
+    """A run that was killed with two windows behind it."""
+    run = tmp_path_factory.mktemp("half") / "run"
+    killed = starter.start(run, once=run / "state" / "state.3.json")
+    assert killed.code == -signal.SIGKILL, killed.said
+    assert (run / "state" / "state.2.json").exists()
+    return run
 
 
 DAMAGES = {
@@ -186,7 +184,7 @@ def test_a_damaged_state(starter, reference, half, tmp_path, damage, record_prop
     went_on = refused = 0
     for name in sorted(path.name for path in (half / "state").iterdir() if path.is_file()):
         run = tmp_path / name
-        shutil.copytree(half, run)
+        shutil.copytree(half, run, ignore=shutil.ignore_patterns(".lock"))
         DAMAGES[damage](run / "state" / name)
         before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
         ended = starter.start(run)
@@ -205,7 +203,7 @@ def test_a_damaged_state(starter, reference, half, tmp_path, damage, record_prop
     record_property("refused", refused)
 
 
-def test_two_runs_in_one_folder(starter, reference, seconds, tmp_path, record_property):
+def test_two_runs_in_one_folder(starter, reference, tmp_path, record_property):
     """The second is refused while the first goes on, which ends well."""
     other = Starter(starter.argv, tmp_path)
     results = []

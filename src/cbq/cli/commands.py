@@ -17,6 +17,7 @@ from cbq.checkpoint import find_checkpoint
 from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys, conf_dir, flatten, quote
 from cbq.cli.reproduce import Reproduction
 from cbq.cli.stored import stored_group
+from cbq.durable import disk_fault
 from cbq.errors import InputError
 from cbq.models.loading import LoadedModel, results_name
 from cbq.report.command import report_folder
@@ -90,11 +91,12 @@ def quantize(config: DictConfig) -> None:
             runner.run()
         except BaseException as error:
             if runner is not None and runner.results:
-                runner.fail(error)
+                with suppress(OSError):  # the disk that refused
+                    runner.fail(error)
             elif HydraConfig.get().mode is RunMode.MULTIRUN and folder.is_free():  # a cell of a table, which shows it
                 folder.start(failed_results(config, settings, error))
             begun = runner is not None and runner.results and runner.results["status"] != "finished"
-            if isinstance(error, KeyboardInterrupt) and begun:
+            if begun and (isinstance(error, KeyboardInterrupt) or disk_fault(error)):
                 print(f"cbq: to go on: cbq resume={shlex.quote(str(folder.path))}", file=sys.stderr)
             raise
 

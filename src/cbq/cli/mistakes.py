@@ -21,6 +21,7 @@ from omegaconf.errors import (
 )
 
 from cbq.cli.options import NOT_OPTIONS, conf_dir, flatten
+from cbq.durable import disk_fault
 from cbq.errors import InputError, one_line
 
 # What a launcher's configuration extends -> the extra that brings it.
@@ -30,7 +31,7 @@ SIGNATURE_ERROR = re.compile(r"unexpected keyword argument|missing \d+ required"
 
 
 def explain(error: BaseException | None, config_name: str = "config") -> str | None:
-    """Return the user's mistake behind an error in one line, or None if the fault is ours.
+    """Return the user's mistake behind an error, or what the disk refused, in one line, or None if the fault is ours.
 
     Args:
         error: what was raised.
@@ -54,6 +55,8 @@ def explain(error: BaseException | None, config_name: str = "config") -> str | N
             options = ", ".join(link.options or [])
             return f"{link.missing_cfg_file!r} does not exist" + (f": it must be one of {options}" if options else "")
     for link in chain:
+        if fault := disk_fault(link):
+            return f"cannot write: {fault}"
         # An argument that a class does not have, or that is missing; any other TypeError is a fault of ours.
         if isinstance(link, InstantiationException) and SIGNATURE_ERROR.search(str(link.__cause__)):
             return one_line(link.__cause__, MOST)
