@@ -35,7 +35,7 @@ def check_size(folder: Path, config: PreTrainedConfig, num_bytes: int) -> None:
 
     Args:
         folder: the model's.
-        config: the model's; its class must be one of transformers' own.
+        config: the model's, which no code but transformers' own builds.
         num_bytes: that hold its weights, quantized or not.
 
     Raises:

@@ -143,7 +143,8 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
         check_config(folder, config)
         tokenizer = read_tokenizer(folder, trust_remote_code)
         check_vocabulary(folder, tokenizer, config)  # before the weights are read: seven billion of them take minutes
-        check_size(folder, config, num_bytes)
+        if not (trust_remote_code and getattr(config, "auto_map", None)):  # else it is its own code that builds it
+            check_size(folder, config, num_bytes)
         model = _read_model(folder, config, dtype, trust_remote_code)
     check_finite(folder, model)
     return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(config), prompt)
