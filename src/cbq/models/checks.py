@@ -106,7 +106,10 @@ def check_finite(folder: Path, model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel():
-            ends = torch.stack(torch.aminmax(parameter.detach()))  # which makes nothing of the parameter's size
+            values = parameter.detach()
+            if values.dtype.itemsize == 1:
+                values = values.float()  # torch has no extremes of 8 bits
+            ends = torch.stack(torch.aminmax(values))  # which makes nothing of the parameter's size
             if not ends.isfinite().all():
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 raise InputError(
