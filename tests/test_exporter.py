@@ -72,6 +72,30 @@ def test_a_disagreement_keeps_nothing(loaded, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bits_are_demanded_of_one_kind_of_device(loaded, tiny_llama_folder, tmp_path, monkeypatch, device, capsys):
+    """A model whose blocks are kept on the host computes on a GPU, where sums come out in another order; the engine
+    does on the host. Here the engine is a little off instead."""
+    load_engine = CompressedTensors.load_engine
+
+    def almost(self, folder, schemes, where):
+        engine = load_engine(self, folder, schemes, torch.device("cpu"))
+        engine.get_input_embeddings().weight.data.mul_(1 + 1e-6)
+        return engine
+
+    monkeypatch.setattr(CompressedTensors, "load_engine", almost)
+    monkeypatch.setattr("cbq.exporter.engine_device", lambda model: torch.device(device), raising=False)
+    export = Export(CompressedTensors(), verify_segments=2)
+    export.remember(loaded.model, lambda: load_pretrained(str(tiny_llama_folder)))
+    if device == "cpu":
+        with pytest.raises(Disagreement, match="it is not kept"):
+            export.publish(loaded, tmp_path / "export", {})
+        return
+    verified = export.publish(loaded, tmp_path / "export", {})["verified"]
+    assert 0 < verified["max_difference"] < 1e-3
+    assert verified["other_distance"] == pytest.approx(verified["distance"], rel=1e-3), "told apart all the same"
+
+
 def test_full_precision_in_the_place_of_the_export_is_found(tiny_llama_folder, tmp_path, monkeypatch):
     """Its weights are packed out of sight, and 8 bits are so close that no perplexity tells."""
     loaded = rounded(tiny_llama_folder, AutoRoundTarget().constrain(QuantScheme(8, 16)))
