@@ -12,8 +12,9 @@ from cbq.export.compressed_tensors import CompressedTensors
 from cbq.export.gptq import AutoRound
 from cbq.export.targets import AutoRound as AutoRoundTarget
 from cbq.export.targets import Transformers
-from cbq.exporter import Disagreement, Export, NoExport
+from cbq.exporter import Disagreement, Export, NoExport, engine_device
 from cbq.models.loading import load_pretrained
+from cbq.placement import model_bytes
 from cbq.quant.linear import fuse_linears_
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quantized_modules
@@ -94,6 +95,15 @@ def test_bits_are_demanded_of_one_kind_of_device(loaded, tiny_llama_folder, tmp_
     verified = export.publish(loaded, tmp_path / "export", {})["verified"]
     assert 0 < verified["max_difference"] < 1e-3
     assert verified["other_distance"] == pytest.approx(verified["distance"], rel=1e-3), "told apart all the same"
+
+
+@pytest.mark.parametrize(("share_of_free", "expected"), [(0.5, "meta"), (0.7, "cpu")])
+def test_the_engine_is_beside_the_model_where_there_is_room(loaded, monkeypatch, share_of_free, expected):
+    """Free is what the model, which is there already, leaves."""
+    assert engine_device(loaded.model) == torch.device("cpu")
+    size = model_bytes(loaded.model)
+    monkeypatch.setattr("cbq.placement.free_device_bytes", lambda device: size / share_of_free)
+    assert engine_device(loaded.model.to("meta")) == torch.device(expected)
 
 
 def test_full_precision_in_the_place_of_the_export_is_found(tiny_llama_folder, tmp_path, monkeypatch):

@@ -19,6 +19,8 @@ from cbq.export.formats import Format, quantized_schemes
 from cbq.export.size import measure
 from cbq.models.families import get_blocks
 from cbq.models.loading import LoadedModel, PreTrainedModel
+from cbq.models.offload import HOST
+from cbq.placement import fits
 
 HELD_OUT_TOKENS = 256
 CLOSE = 0.01  # of the perplexity, where an engine's arithmetic is not ours to the bit
@@ -206,9 +208,10 @@ class Export:
 
 
 def engine_device(model: PreTrainedModel) -> torch.device:
-    """Return where the engine is to compute: where the blocks are kept, for what is too large for the device is too
-    large for it there as well."""
-    return next(get_blocks(model).parameters()).device
+    """Return where the engine is to compute: where the blocks are kept, if there is room for a second model; else on
+    the host."""
+    device = next(get_blocks(model).parameters()).device
+    return device if device == HOST or fits(model, device) else HOST
 
 
 def same_weight(model: nn.Module, engine: nn.Module, name: str) -> bool:
