@@ -28,6 +28,8 @@ SMALL = [
     "calibration.num_segments=4",
     "calibration.segment_tokens=64",
     "quant=w4a4",
+    "deterministic=true",  # what CUDA has no deterministic kernel for is refused
+    "preprocess=cfp",
     "rounding=dense_ste",
     "reconstruction.epochs=1",
     "evaluation.cache_dir=null",
@@ -63,6 +65,8 @@ def test_a_whole_run_is_equal_and_takes_less_of_the_device(tmp_path):
     for offload in ("true", "false"):
         folder = tmp_path / offload
         on_the_box("whole_run", str(folder), offload, *SMALL, f"evaluation.text_path={text}")
+        for file in ("outliers.json", "weights/block_007.json"):
+            assert (folder / "report" / file).is_file(), "a report that fails is only said"
         results = json.loads((folder / "results.json").read_text())
         losses = [[w[key] for key in ("rec_loss_first", "rec_loss_last", "rec_loss_rtn")] for w in results["windows"]]
         files = ("model.safetensors", "cbq/quantized.safetensors")

@@ -1,7 +1,9 @@
 """cbq evaluate: a checkpoint, a model, or one against the other."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig
 
 import cbq
+from cbq.checkpoint import load_any
 from cbq.errors import InputError
 from cbq.evaluation.evaluation import Evaluation
 from cbq.evaluator import Evaluator
+from cbq.models.families import get_blocks
 from cbq.models.loading import load_pretrained
+from cbq.models.offload import offload_
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,28 @@ def test_one_against_the_other(tmp_path, text, tiny_llama_folder, run_folder):
     assert model["model"] == tiny_llama_folder.name
     assert model["settings"] == {"a": 1}
     assert model["protocol"]["text"]["segment_tokens"] == 64
+
+
+def test_one_model_is_gone_before_the_other_comes(tmp_path, text, tiny_llama_folder, run_folder, monkeypatch):
+    """Blocks in host memory and what keeps them hold each other: no count of references lets them go."""
+    seen = []
+
+    def offload(model, device, wanted):
+        offload_(model, get_blocks(model), torch.device("cpu"))
+        seen.append(weakref.ref(get_blocks(model)[0].mlp.down_proj.weight))
+
+    def load(folder):
+        assert [each() for each in seen] == [None]
+        return load_any(folder)
+
+    monkeypatch.setattr("cbq.evaluator.place_", offload)
+    monkeypatch.setattr("cbq.evaluator.load_any", load)
+    gc.disable()  # not by chance
+    try:
+        evaluate(tmp_path, text, tiny_llama_folder, run_folder)
+    finally:
+        gc.enable()
+    assert len(seen) == 2
 
 
 def test_the_checkpoint_computes_with_its_activation_quantization(tmp_path, text, run_folder):

@@ -12,8 +12,9 @@ from cbq.export.compressed_tensors import CompressedTensors
 from cbq.export.gptq import AutoRound
 from cbq.export.targets import AutoRound as AutoRoundTarget
 from cbq.export.targets import Transformers
-from cbq.exporter import Disagreement, Export, NoExport
+from cbq.exporter import Disagreement, Export, NoExport, engine_device
 from cbq.models.loading import load_pretrained
+from cbq.placement import model_bytes
 from cbq.quant.linear import fuse_linears_
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quantized_modules
@@ -70,6 +71,39 @@ def test_a_disagreement_keeps_nothing(loaded, tmp_path, monkeypatch):
     with pytest.raises(Disagreement, match="it is not kept"):
         Export(CompressedTensors(), verify_segments=2).publish(loaded, tmp_path / "export", {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bits_are_demanded_of_one_kind_of_device(loaded, tiny_llama_folder, tmp_path, monkeypatch, device, capsys):
+    """A model whose blocks are kept on the host computes on a GPU, where sums come out in another order; the engine
+    does on the host. Here the engine is a little off instead."""
+    load_engine = CompressedTensors.load_engine
+
+    def almost(self, folder, schemes, where):
+        engine = load_engine(self, folder, schemes, torch.device("cpu"))
+        engine.get_input_embeddings().weight.data.mul_(1 + 1e-6)
+        return engine
+
+    monkeypatch.setattr(CompressedTensors, "load_engine", almost)
+    monkeypatch.setattr("cbq.exporter.engine_device", lambda model: torch.device(device), raising=False)
+    export = Export(CompressedTensors(), verify_segments=2)
+    export.remember(loaded.model, lambda: load_pretrained(str(tiny_llama_folder)))
+    if device == "cpu":
+        with pytest.raises(Disagreement, match="it is not kept"):
+            export.publish(loaded, tmp_path / "export", {})
+        return
+    verified = export.publish(loaded, tmp_path / "export", {})["verified"]
+    assert 0 < verified["max_difference"] < 1e-3
+    assert verified["other_distance"] == pytest.approx(verified["distance"], rel=1e-3), "told apart all the same"
+
+
+@pytest.mark.parametrize(("share_of_free", "expected"), [(0.5, "meta"), (0.7, "cpu")])
+def test_the_engine_is_beside_the_model_where_there_is_room(loaded, monkeypatch, share_of_free, expected):
+    """Free is what the model, which is there already, leaves."""
+    assert engine_device(loaded.model) == torch.device("cpu")
+    size = model_bytes(loaded.model)
+    monkeypatch.setattr("cbq.placement.free_device_bytes", lambda device: size / share_of_free)
+    assert engine_device(loaded.model.to("meta")) == torch.device(expected)
 
 
 def test_full_precision_in_the_place_of_the_export_is_found(tiny_llama_folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Measuring a model without quantizing it: a checkpoint, a full-precision model, or one against the other."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,8 @@ class Evaluator:
                     f"{name} (remembered)" if self.evaluation.recall.num_recalled else name,
                 )
             references = self.evaluation.remember(loaded) if self.checkpoint else {}
-            del loaded  # the other one may need its memory
+            del loaded
+            gc.collect()  # the other one may need its memory, and an offloaded block and what keeps it hold each other
         if self.checkpoint is not None:
             loaded = load_any(self.checkpoint_folder)
             self.prepare(loaded, full_precision=False)

@@ -17,7 +17,10 @@ from cbq.evaluation.comparison import Comparison, compare_logits, token_nll
 from cbq.export.card import card
 from cbq.export.formats import Format, quantized_schemes
 from cbq.export.size import measure
+from cbq.models.families import get_blocks
 from cbq.models.loading import LoadedModel, PreTrainedModel
+from cbq.models.offload import HOST
+from cbq.placement import fits
 
 HELD_OUT_TOKENS = 256
 CLOSE = 0.01  # of the perplexity, where an engine's arithmetic is not ours to the bit
@@ -153,8 +156,7 @@ class Export:
             return None
         schemes = quantized_schemes(loaded.model)
         try:
-            # Where the blocks are: what is too large for the device is too large for it here as well.
-            engine = self.format.load_engine(folder, schemes, next(loaded.blocks.parameters()).device)
+            engine = self.format.load_engine(folder, schemes, engine_device(loaded.model))
         except (InputError, OSError) as error:
             raise Disagreement(f"{self.format.engine} does not load the export, so it is not kept: {error}") from error
         wrong = [name for name in schemes if not same_weight(loaded.model, engine, name)]
@@ -175,8 +177,9 @@ class Export:
         return found
 
     def is_exact(self, model: PreTrainedModel) -> bool:
-        """Return whether the engine's logits must be the model's to the bit."""
-        return self.format.is_exact(quantized_schemes(model)) and model.dtype == torch.float32
+        """Return whether the engine's logits must be the model's to the bit: two kinds of device sum in two orders."""
+        same_kind = next(model.parameters()).device.type == engine_device(model).type
+        return same_kind and model.dtype == torch.float32 and self.format.is_exact(quantized_schemes(model))
 
     def segments(self, loaded: LoadedModel) -> LongTensor:
         """Return the segments (N, T) that are compared on, in the tokens of a model."""
@@ -202,6 +205,13 @@ class Export:
             f"{found.other_distance:.3g} away through {self.format.engine}, {found.distance:.3g} in cbq (root mean "
             "square)."
         )
+
+
+def engine_device(model: PreTrainedModel) -> torch.device:
+    """Return where the engine is to compute: where the blocks are kept, if there is room for a second model; else on
+    the host."""
+    device = next(get_blocks(model).parameters()).device
+    return device if device == HOST or fits(model, device) else HOST
 
 
 def same_weight(model: nn.Module, engine: nn.Module, name: str) -> bool:

@@ -6,6 +6,7 @@ from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.models.loading import PreTrainedModel
 from cbq.models.offload import offload_
+from cbq.quant.linear import quant_linears
 from cbq.streams.memory import free_device_bytes
 
 RESIDENT_SHARE = 0.6  # of the device's free memory, how much a model may take: a window and its batches need the rest
@@ -28,8 +29,8 @@ def place_(model: PreTrainedModel, device: torch.device, offload: bool | str = "
     Args:
         model: in host memory.
         device: where it computes; where that is the host, nothing is to be done.
-        offload: keep the blocks in host memory; auto: where the model would take more than `RESIDENT_SHARE` of the
-            device's free memory.
+        offload: keep the blocks in host memory; auto: where the model, with the integers that its quantized linears
+            will have, would take more than `RESIDENT_SHARE` of the device's free memory.
 
     Returns:
         whether the blocks are kept in host memory.
@@ -49,9 +50,15 @@ def place_(model: PreTrainedModel, device: torch.device, offload: bool | str = "
 
 
 def fits(model: PreTrainedModel, device: torch.device) -> bool:
-    """Return whether the whole of a model can be on a device, with room for what computes with it."""
+    """Return whether the whole of a model can be on a device, finished too, with room for what computes with it."""
     torch.cuda.empty_cache()  # what an earlier run of this process has given back is not free to the device
-    return model_bytes(model) <= RESIDENT_SHARE * free_device_bytes(device)
+    return finished_bytes(model) <= RESIDENT_SHARE * free_device_bytes(device)
+
+
+def finished_bytes(model: PreTrainedModel) -> int:
+    """Return how large a model is when its quantized linears have their integers, a byte a weight."""
+    quantized = (linear for linear in quant_linears(model) if linear.weight_quantizer is not None)
+    return model_bytes(model) + sum(linear.weight.numel() for linear in quantized)
 
 
 def model_bytes(model: PreTrainedModel) -> int:

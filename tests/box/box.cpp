@@ -118,6 +118,10 @@ at::Scalar local_scalar(const at::Tensor& self) { return on_cpu(self).item(); }
 const std::set<std::string> MIXES = {"aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_",
                                      "aten::index.Tensor_out"};
 
+// What CUDA has no deterministic kernel for, of floating-point numbers.
+const std::set<std::string> UNORDERED = {"aten::cumsum", "aten::cumprod", "aten::histc", "aten::put_",
+                                         "aten::nll_loss2d_forward"};
+
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   bool box = false, host = false;
@@ -133,6 +137,9 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   TORCH_CHECK(!(box && host) || MIXES.count(schema.name() + (schema.overload_name().empty() ? "" : "." + schema.overload_name())),
               "Expected all tensors to be on the same device, but found the box and cpu: ", schema.name());
+  const auto& first = torch::jit::last(*stack, schema.arguments().size()).front();
+  if (box && UNORDERED.count(schema.name()) && first.isTensor() && first.toTensor().is_floating_point())
+    at::globalContext().alertNotDeterministic(schema.name());
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
 }
 

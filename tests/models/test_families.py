@@ -1,6 +1,7 @@
 """Every family on a small model: what is claimed, replayed, scaled, quantized, saved and loaded again."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from tiny_models import OUTLIER, TINY, add_outliers_, tiny_model, token_ids
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 import cbq
@@ -18,6 +20,7 @@ from cbq.errors import InputError
 from cbq.models.equivalent import producer_maxima, scale_channels_
 from cbq.models.families import FAMILIES, find_family, get_blocks, scaling_pairs
 from cbq.models.linears import to_linears_
+from cbq.models.loading import load_pretrained
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.quant.linear import QuantLinear
@@ -79,6 +82,47 @@ def test_every_matrix_of_a_block_is_a_linear_of_a_scheme(name: str) -> None:
         linears = [name for name, module in block.named_modules() if isinstance(module, QuantLinear)]
         assert sorted(f"{linear}.weight" for linear in linears) == sorted(names)
     torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+class OnlyDeterministicOnCuda(TorchDispatchMode):
+    """Refuses of floating-point numbers what `torch.use_deterministic_algorithms` lists for CUDA as refused."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] in ("aten::cumsum", "aten::histc", "aten::put_", "aten::nll_loss2d_forward"):
+            assert not args[0].is_floating_point(), func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not name.startswith("opt")])
+def test_a_model_computes_with_deterministic_kernels(name: str) -> None:
+    """As `deterministic=true` demands on a GPU."""
+    model = tiny_model(name)
+    to_linears_(model)
+    with OnlyDeterministicOnCuda():
+        assert logits(model, token_ids(3, 12)).isfinite().all()
+
+
+def test_a_loaded_opt_counts_positions_in_a_fixed_order(tmp_path, tiny_llama_folder) -> None:
+    """transformers adds up ones. The bits are its own: also with padding, with a cache, and of what is written."""
+    plain, ids = tiny_model("opt"), token_ids(3, 12)
+    plain.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / file, tmp_path / file)
+    model = load_pretrained(str(tmp_path)).model
+    with OnlyDeterministicOnCuda():
+        found = logits(model, ids)
+    assert torch.equal(found, logits(plain, ids))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    computed, written, gone_on = [], [], []
+    for each in (model, plain):
+        computed.append(each(input_ids=ids, attention_mask=mask).logits)
+        written.append(each.generate(ids, max_new_tokens=3, do_sample=False, attention_mask=mask))
+        cache = each(input_ids=ids[:, :-1]).past_key_values
+        gone_on.append(each(input_ids=ids[:, -1:], past_key_values=cache).logits)
+    assert torch.equal(*computed)
+    assert torch.equal(*written)
+    assert torch.equal(*gone_on)
 
 
 @EVERY

@@ -153,6 +153,26 @@ def test_added_tokens_beyond_the_vocabulary(folder: Path) -> None:
     assert max(loaded.tokenizer.get_vocab().values()) == loaded.model.config.vocab_size
 
 
+def test_code_that_comes_with_a_model_is_run_where_it_is_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes of its own for configuration and model, which transformers cannot build without its code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    expected = load_pretrained(str(folder)).model(IDS).logits
+    (folder / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    own = 1\n"
+    )
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit_config(folder, auto_map=names, architectures=["OwnForCausalLM"])
+    loaded = load_pretrained(str(folder), trust_remote_code=True)
+    assert type(loaded.model).__name__ == "OwnForCausalLM"
+    assert torch.equal(loaded.model(IDS).logits, expected)
+
+
 def test_position_tables_of_old_checkpoints_are_ignored(folder: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(8)}))

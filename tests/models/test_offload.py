@@ -11,9 +11,10 @@ from cbq.errors import InputError
 from cbq.evaluation.agreement import compare, remember
 from cbq.models.families import get_blocks
 from cbq.models.offload import HOST, OffloadedBlock, lent, moved, offload_
-from cbq.placement import check_offload, model_bytes, place_
+from cbq.placement import RESIDENT_SHARE, check_offload, model_bytes, place_
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.statistics import expert_tokens
+from cbq.quant.linear import fuse_linears_
 from cbq.quant.rounding import DenseSTE
 from cbq.quant.scheme import QuantScheme
 from cbq.quantized import make_quantizable_
@@ -179,6 +180,21 @@ def test_auto_goes_by_what_is_free(monkeypatch, offload, share_of_free, expected
     monkeypatch.setattr(model, "to", lambda device: done.append("whole"))
     assert place_(model, GPU, offload) is expected
     assert done == ["offload" if expected else "whole"]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, True), (16, False)])
+def test_auto_counts_the_integers_that_there_will_be(monkeypatch, bits, expected):
+    """Full precision takes 0.55 of what is free, and fits; finished blocks take a byte a weight more."""
+    model = tiny_model("llama")
+    make_quantizable_(model, get_blocks(model), QuantScheme(bits, 8))
+    free = model_bytes(model) / 0.55
+    monkeypatch.setattr("cbq.placement.free_device_bytes", lambda device: free)
+    monkeypatch.setattr("cbq.placement.offload_", lambda *args: None)
+    monkeypatch.setattr(model, "to", lambda device: None)
+    assert place_(model, GPU) is expected
+    fuse_linears_(get_blocks(model))
+    assert (model_bytes(model) > RESIDENT_SHARE * free) is expected, "as it came out"
+    assert place_(model, GPU) is expected, "integers that are there count once"
 
 
 @pytest.mark.parametrize("offload", ["auto", True, False])

@@ -35,7 +35,7 @@ def check_size(folder: Path, config: PreTrainedConfig, num_bytes: int) -> None:
 
     Args:
         folder: the model's.
-        config: the model's; its class must be one of transformers' own.
+        config: the model's, which no code but transformers' own builds.
         num_bytes: that hold its weights, quantized or not.
 
     Raises:
@@ -106,7 +106,10 @@ def check_finite(folder: Path, model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel():
-            ends = torch.stack(torch.aminmax(parameter.detach()))  # which makes nothing of the parameter's size
+            values = parameter.detach()
+            if values.dtype.itemsize == 1:
+                values = values.float()  # torch has no extremes of 8 bits
+            ends = torch.stack(torch.aminmax(values))  # which makes nothing of the parameter's size
             if not ends.isfinite().all():
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 raise InputError(

@@ -14,6 +14,7 @@ from cbq.models.checks import check_complete, check_finite, check_size, check_vo
 from cbq.models.families import context
 from cbq.models.files import check_weights, find_trap, weight_format
 from cbq.models.loading import LoadedModel, quiet_transformers, read_config, read_tokenizer
+from cbq.models.positions import count_positions_
 
 
 @torch.no_grad()
@@ -45,6 +46,7 @@ def load_quantized(
             **options,
         )
         check_complete(folder, model.config, info)
+        count_positions_(model)
         model.eval().to(device)
         model(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
     return model

@@ -27,6 +27,7 @@ from cbq.hub import fetch_snapshot
 from cbq.models.checks import check_complete, check_config, check_finite, check_size, check_vocabulary
 from cbq.models.families import context, get_blocks, supported_types
 from cbq.models.files import HUB_PATTERNS, PICKLE, SAFETENSORS, check_weights, find_defect, find_trap, weight_format
+from cbq.models.positions import count_positions_
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -143,7 +144,8 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
         check_config(folder, config)
         tokenizer = read_tokenizer(folder, trust_remote_code)
         check_vocabulary(folder, tokenizer, config)  # before the weights are read: seven billion of them take minutes
-        check_size(folder, config, num_bytes)
+        if not (trust_remote_code and getattr(config, "auto_map", None)):  # else it is its own code that builds it
+            check_size(folder, config, num_bytes)
         model = _read_model(folder, config, dtype, trust_remote_code)
     check_finite(folder, model)
     return LoadedModel(name, model.eval().requires_grad_(False), tokenizer, context(config), prompt)
@@ -187,6 +189,7 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str, trust_remote
     except Exception as error:  # whatever files of somebody else's make transformers raise
         raise InputError(f"transformers cannot load the model in {folder}: {one_line(error)}") from error
     check_complete(folder, config, info)
+    count_positions_(model)
     return model
 
 

@@ -50,6 +50,18 @@ def reserve_coarse(coarse: torch.Tensor) -> torch.Tensor:
 RESERVED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"all": reserve_all, "coarse": reserve_coarse}
 
 
+def running_sums(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the first 0, 1, ..., n values of each row (R, n), (R, n + 1).
+
+    Example:
+        >>> running_sums(torch.tensor([[1.0, 2.0, 4.0]]))
+        tensor([[0., 1., 3., 7.]])
+
+    Note: on the host: CUDA adds up in another order each time, and refuses to under `deterministic=true`.
+    """
+    return torch.nn.functional.pad(values.cpu().cumsum(-1), (1, 0)).to(values.device)
+
+
 def largest_reserved(
     values: torch.Tensor, lambda1: float = 1.5, lambda2: float = 1.0, reserved: str = "all"
 ) -> torch.Tensor:
@@ -80,8 +92,7 @@ def largest_reserved(
     coarse = ordered > coarse_threshold(ordered, lambda1)
     start = RESERVED[reserved](coarse)
     centred = ordered - ordered.mean(-1, keepdim=True)  # so that the running sums of squares lose no digits
-    sums = torch.nn.functional.pad(centred.cumsum(-1), (1, 0))
-    squares = torch.nn.functional.pad(centred.square().cumsum(-1), (1, 0))
+    sums, squares = running_sums(centred), running_sums(centred.square())
     # Split i: reserved are start .. i - 1, outliers are i .. n - 1.
     count = (torch.arange(n, device=values.device) - start).clamp_min(1)
     before = start.clamp_max(n)

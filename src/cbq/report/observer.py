@@ -162,12 +162,14 @@ def on_grid(linear: QuantLinear) -> dict:
     low, high = quantizer.quant_min - 1, quantizer.quant_max + 1
     bins = (high - low) * BINS_AN_INTEGER
     bins = bins if bins <= MAX_BINS else high - low
-    positions = to_groups(linear.weight.float(), quantizer.group_size) / scale + zero_point
+    positions = (to_groups(linear.weight.float(), quantizer.group_size) / scale + zero_point).clamp(low, high)
+    found = ((positions - low) * (bins // (high - low))).long().clamp_max(bins - 1)
     integers = torch.bincount(linear.integers().flatten().long(), minlength=quantizer.quant_max + 1)
     return {
         "low": low,
         "high": high,
-        "weights": torch.histc(positions.clamp(low, high), bins, low, high).long().tolist(),
+        # Not histc, which CUDA refuses under deterministic=true.
+        "weights": torch.bincount(found.flatten(), minlength=bins).tolist(),
         "integers": integers.tolist(),
     }
 
