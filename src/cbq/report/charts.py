@@ -1,15 +1,18 @@
 """A run's charts, by Vega-Altair: each is one specification, for the page (interactive) and for files (PNG, SVG)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import altair as alt
 import pandas as pd
 
 MAX_STEPS = 3000  # points of the curves, all windows together
+MAX_POINTS = 100_000  # of a chart with a menu of places: of large models every few blocks
 # The order of a page's menu; what a run has not is left out.
 SHOWN_FIRST = ("loss/rec", "loss/l2", "loss/kld", "loss/com", "loss/total", "beta")
-NOT_CURVES = ("cbq_step", "window")
+SELDOM = ("rounding/", "drift/")  # looked at once in many steps: points beside the line
 BEFORE, AFTER = "before", "after"
+NEAREST, LEARNED = "round-to-nearest", "learned"
+BLUE, RED, GREY = "#2e86c1", "#d1495b", "#888888"  # seen on light and on dark
 Chart = alt.Chart | alt.LayerChart
 
 
@@ -19,9 +22,19 @@ def inline(frame: pd.DataFrame) -> alt.InlineData:
     return alt.InlineData(values=text, format=alt.CsvDataFormat(type="csv"))
 
 
-def menu(name: str, label: str, options: Sequence[str]) -> alt.Parameter:
-    """Return a parameter that a menu on the page sets; it starts at the first option."""
-    return alt.param(name=name, value=options[0], bind=alt.binding_select(options=list(options), name=f"{label} "))
+def menu(name: str, label: str, options: Sequence[str | int], first: str | int | None = None) -> alt.Parameter:
+    """Return a parameter that a menu on the page sets; it starts at `first`, or at the first option."""
+    value = options[0] if first is None else first
+    return alt.param(name=name, value=value, bind=alt.binding_select(options=list(options), name=f"{label} "))
+
+
+def chosen_in(expression: str) -> alt.Title:
+    """Return a title that says what is chosen in the menus: files have none."""
+    return alt.Title(alt.ExprRef(expression), anchor="start", fontSize=12, fontWeight="normal")
+
+
+IS_CHOSEN = "datum.block == chosen_block && datum.name == chosen_name"
+TITLE_OF_PLACE = chosen_in("'block ' + chosen_block + ', ' + chosen_name")
 
 
 def curves(steps: pd.DataFrame) -> Chart | None:
@@ -32,18 +45,15 @@ def curves(steps: pd.DataFrame) -> Chart | None:
     """
     if "loss/rec" not in steps or not len(steps):
         return None
-    columns = [
-        name for name in steps if name not in NOT_CURVES and not name.startswith(("window/", "drift/", "rounding/"))
-    ]
+    columns = [name for name in steps if name not in ("cbq_step", "window") and not name.startswith("window/")]
     columns = sorted(columns, key=lambda name: SHOWN_FIRST.index(name) if name in SHOWN_FIRST else len(SHOWN_FIRST))
     together = -(-len(steps) // MAX_STEPS)
     groups = steps.groupby(["window", steps.groupby("window").cumcount() // together])
     frame = groups[["cbq_step", *columns]].mean().droplevel(1).reset_index()
-    safe = {name: name.replace("/", "_") for name in columns}
-    chosen = menu("curve", "curve", [safe[name] for name in columns])
+    chosen = menu("curve", "curve", columns)
     zoom = alt.selection_interval(bind="scales", encodings=["x"], zoom="wheel![event.shiftKey]")
-    return (
-        alt.Chart(inline(frame.rename(columns=safe)))
+    lines = (
+        alt.Chart(inline(frame))
         .transform_calculate(value="toNumber(datum[curve])")
         .transform_filter("isValid(datum.value) && datum.value > 0")
         .mark_line(strokeWidth=1.5)
@@ -57,13 +67,15 @@ def curves(steps: pd.DataFrame) -> Chart | None:
                 alt.Tooltip("value:Q", format=".4g"),
             ],
         )
-        .add_params(chosen, zoom)
     )
+    seldom = " || ".join(f"indexof(curve, '{kind}') == 0" for kind in SELDOM)
+    points = lines.mark_circle(size=25).encode(opacity=alt.when(seldom).then(alt.value(1)).otherwise(alt.value(0)))
+    return alt.layer(lines.add_params(zoom), points, title=chosen_in("curve")).add_params(chosen)
 
 
 def windows(results: Mapping) -> Chart | None:
     """Return each window's loss at its start and at its end, as a share of round-to-nearest's."""
-    names = {"rec_loss_first": "at its start", "rec_loss_last": "learned"}
+    names = {"rec_loss_first": "at its start", "rec_loss_last": LEARNED}
     rows = [
         {
             "window": number,
@@ -85,7 +97,7 @@ def windows(results: Mapping) -> Chart | None:
         .encode(
             x=alt.X("window:O", title="window", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("share:Q", title="loss / round-to-nearest's", scale=alt.Scale(zero=False)),
-            color=alt.Color("state:N", title=None, sort=list(names.values()), legend=alt.Legend(orient="top")),
+            color=state_color(list(names.values())),
             tooltip=[
                 "window:O",
                 "blocks:N",
@@ -95,7 +107,13 @@ def windows(results: Mapping) -> Chart | None:
             ],
         )
     )
-    return lines + alt.Chart().mark_rule(strokeDash=[4, 4], color="#888888").encode(y=alt.datum(1))
+    return lines + alt.Chart().mark_rule(strokeDash=[4, 4], color=GREY).encode(y=alt.datum(1))
+
+
+def state_color(states: Sequence[str]) -> alt.Color:
+    """Return the colours of what comes before and of what comes after, the same in every chart."""
+    scale = alt.Scale(domain=list(states), range=[RED, BLUE])
+    return alt.Color("state:N", title=None, scale=scale, legend=alt.Legend(orient="top"))
 
 
 def heat_map(blocks: pd.DataFrame, kind: str, title: str, form: str) -> Chart | None:
@@ -136,84 +154,65 @@ def signal_to_noise(results: Mapping) -> Chart | None:
     rows = [
         {"block": block, "corpus": corpus, "state": state, "snr": decibels}
         for corpus, found in results["agreement"].items()
-        for state, part in (("round-to-nearest", found.get("rtn", {})), ("learned", found))
+        for state, part in ((NEAREST, found.get("rtn", {})), (LEARNED, found))
         for block, decibels in enumerate(part.get("block_snr_db", []))
     ]
     if not rows:
         return None
     corpora = list(results["agreement"])
     return (
-        alt.Chart(alt.InlineData(values=rows))
+        alt.Chart(alt.InlineData(values=rows), title=chosen_in("corpus"))
         .transform_filter("datum.corpus == corpus")
         .mark_line(point=True)
         .encode(
             x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("snr:Q", title="signal to noise, dB"),
-            color=alt.Color("state:N", title=None, legend=alt.Legend(orient="top")),
+            color=state_color([NEAREST, LEARNED]),
             tooltip=["block:O", "state:N", alt.Tooltip("snr:Q", format=".1f")],
         )
         .add_params(menu("corpus", "corpus", corpora))
     )
 
 
-def outliers(found: Sequence[Mapping], what: str, by: str) -> Chart | None:
+def outliers(found: Sequence[Mapping], by: str) -> Chart | None:
     """Return the channels of a chosen place before and after preprocessing, with the thresholds of Algorithm 1.
 
     Args:
         found: a part of `outliers.json`.
-        what: whose channels: `activations` or `weights`.
         by: the label of the y axis.
 
     Source: Figure 3.
     """
     if not found:
         return None
-    names = [f"{each['block']} {each['name']}" for each in found]
-    loudest = max(
-        range(len(found)), key=lambda index: max(found[index]["before"]) / (found[index]["threshold"] or 1e-9)
-    )
-    names_in_menu = [names[loudest], *names]
-    points = pd.DataFrame(
-        [
-            (name, channel, state, value)
-            for name, each in zip(names, found, strict=True)
-            for state in (BEFORE, AFTER)
-            for channel, value in zip(each["channels"], each[state], strict=True)
-        ],
-        columns=["place", "channel", "state", "value"],
-    )
-    rules = pd.DataFrame(
-        [
-            (name, threshold, each[key])
-            for name, each in zip(names, found, strict=True)
-            for threshold, key in (("coarse", "coarse_threshold"), ("fine", "threshold"))
-        ],
-        columns=["place", "threshold", "value"],
-    )
-    place = menu(what, "where", list(dict.fromkeys(names_in_menu)))
-    color = alt.Scale(domain=[BEFORE, AFTER], range=["#d1495b", "#2e86c1"])
-    dots = (
-        alt.Chart(inline(points))
-        .transform_filter(f"datum.place == {what}")
-        .mark_circle(opacity=0.75)
+    found = thinned(found, lambda each: len(each["channels"]), MAX_POINTS)
+    loudest = max(found, key=lambda each: max(each["before"]) / (each["threshold"] or 1e-9))
+    chosen = menus_of_places([(each["block"], each["name"]) for each in found], (loudest["block"], loudest["name"]))
+    places = alt.Chart(alt.InlineData(values=list(found))).transform_filter(IS_CHOSEN)
+    points = (
+        places.transform_flatten(["channels", BEFORE, AFTER], as_=["channel", BEFORE, AFTER])
+        .transform_fold([BEFORE, AFTER], as_=["state", "value"])
         .encode(
             x=alt.X("channel:Q", title="channel", scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", title=by),
-            color=alt.Color("state:N", title=None, scale=color, legend=alt.Legend(orient="top")),
+            color=state_color([BEFORE, AFTER]),
             tooltip=["channel:Q", "state:N", alt.Tooltip("value:Q", format=".4g")],
         )
     )
+    # Rings around dots: both are seen where preprocessing changed nothing.
+    rings = points.transform_filter(f"datum.state == '{BEFORE}'").mark_point(size=70, strokeWidth=1.5)
+    dots = points.transform_filter(f"datum.state == '{AFTER}'").mark_circle(size=20, opacity=1)
     lines = (
-        alt.Chart(inline(rules))
-        .transform_filter(f"datum.place == {what}")
-        .mark_rule(strokeWidth=1.5, color="#888888")
+        places.transform_calculate(coarse="datum.coarse_threshold", fine="datum.threshold")
+        .transform_fold(["coarse", "fine"], as_=["which", "value"])
+        .mark_rule(strokeWidth=1.5, color=GREY)
         .encode(
             y="value:Q",
-            strokeDash=alt.StrokeDash("threshold:N", title="threshold", legend=alt.Legend(orient="top")),
-            tooltip=["threshold:N", alt.Tooltip("value:Q", format=".4g")],
+            strokeDash=alt.StrokeDash("which:N", title="threshold", legend=alt.Legend(orient="top")),
+            tooltip=[alt.Tooltip("which:N", title="threshold"), alt.Tooltip("value:Q", format=".4g")],
         )
     )
-    return alt.layer(dots, lines).add_params(place)
+    return alt.layer(rings, dots, lines, title=TITLE_OF_PLACE).add_params(*chosen)
 
 
 def weights(blocks: Sequence[Mapping]) -> Chart | None:
@@ -222,39 +221,92 @@ def weights(blocks: Sequence[Mapping]) -> Chart | None:
     Args:
         blocks: the contents of `weights/block_*.json`.
     """
-    bars, integers = [], []
-    for block in blocks:
-        for name, found in block["linears"].items():
-            place, total = f"{block['block']} {name}", sum(found["weights"]) or 1
-            width = (found["high"] - found["low"]) / len(found["weights"])
-            bars += [
-                (place, found["low"] + width * number, found["low"] + width * (number + 1), count / total / width)
-                for number, count in enumerate(found["weights"])
-                if count
-            ]
-            integers += [(place, number, count / total) for number, count in enumerate(found["integers"]) if count]
-    if not bars:
+    rows = [
+        {
+            "block": block["block"],
+            "name": name,
+            "low": found["low"],
+            "step": (found["high"] - found["low"]) / len(found["weights"]),
+            "weights": per_million(found["weights"]),
+            "integers": per_million(found["integers"]),
+        }
+        for block in blocks
+        for name, found in block["linears"].items()
+    ]
+    if not rows:
         return None
-    bars = pd.DataFrame(bars, columns=["linear", "low", "high", "density"])
-    integers = pd.DataFrame(integers, columns=["linear", "integer", "share"])
-    linear = menu("linear", "linear", list(dict.fromkeys(bars["linear"])))
+    rows = thinned(rows, lambda row: len(row["weights"]) + len(row["integers"]), MAX_POINTS)
+    places = alt.Chart(alt.InlineData(values=rows)).transform_filter(IS_CHOSEN)
     histogram = (
-        alt.Chart(inline(bars))
-        .transform_filter("datum.linear == linear")
-        .mark_bar(color="#2e86c1", opacity=0.6, binSpacing=0)
+        places.transform_calculate(position="sequence(length(datum.weights))")
+        .transform_flatten(["weights", "position"], as_=["count", "position"])
+        .transform_calculate(
+            from_="datum.low + datum.step * datum.position",
+            to="datum.low + datum.step * (datum.position + 1)",
+            density="datum.count / 1e6 / datum.step",
+        )
+        .mark_bar(color=BLUE, opacity=0.6, binSpacing=0)
         .encode(
-            x=alt.X("low:Q", title="weight / scale + zero point: integers are the grid", axis=alt.Axis(tickMinStep=1)),
-            x2="high:Q",
-            y=alt.Y("density:Q", title="share a step of the grid"),
+            x=alt.X("from_:Q", title="weight / scale + zero point: integers are the grid", axis=alt.Axis(tickMinStep=1)),
+            x2="to:Q",
+            y=alt.Y("density:Q", title="share of weights, a step of the grid"),
             y2=alt.datum(0),
-            tooltip=[alt.Tooltip("low:Q", format=".2f"), alt.Tooltip("density:Q", format=".4f")],
+            tooltip=[
+                alt.Tooltip("from_:Q", title="from", format=".2f"),
+                alt.Tooltip("density:Q", title="share a step", format=".2%"),
+            ],
         )
     )
-    grid = alt.Chart(inline(integers)).transform_filter("datum.linear == linear")
-    stems = grid.mark_rule(color="#d1495b", strokeWidth=2).encode(x="integer:Q", y="share:Q", y2=alt.datum(0))
-    heads = grid.mark_circle(color="#d1495b", size=45, opacity=1).encode(
+    grid = (
+        places.transform_calculate(integer="sequence(length(datum.integers))")
+        .transform_flatten(["integers", "integer"], as_=["count", "integer"])
+        .transform_filter("datum.count > 0")
+        .transform_calculate(share="datum.count / 1e6")
+    )
+    stems = grid.mark_rule(color=RED, strokeWidth=2).encode(x="integer:Q", y="share:Q", y2=alt.datum(0))
+    heads = grid.mark_circle(color=RED, size=45, opacity=1).encode(
         x="integer:Q",
         y="share:Q",
         tooltip=["integer:Q", alt.Tooltip("share:Q", title="share of weights that take it", format=".2%")],
     )
-    return alt.layer(histogram, stems, heads).add_params(linear)
+    chosen = menus_of_places([(row["block"], row["name"]) for row in rows])
+    return alt.layer(histogram, stems, heads, title=TITLE_OF_PLACE).add_params(*chosen)
+
+
+def per_million(counts: Sequence[int]) -> list[int]:
+    """Return shares of the sum, in millionths: few digits, however large a matrix is.
+
+    Example:
+        >>> per_million([1, 3])
+        [250000, 750000]
+    """
+    total = sum(counts) or 1
+    return [round(1e6 * count / total) for count in counts]
+
+
+def thinned(places: Sequence[Mapping], size: Callable[[Mapping], int], limit: int) -> list[Mapping]:
+    """Return the places of every k-th block, so that their sizes come to about the limit at most.
+
+    Example:
+        >>> thinned([{"block": 0}, {"block": 1}, {"block": 2}], size=lambda place: 1, limit=2)
+        [{'block': 0}, {'block': 2}]
+    """
+    every = max(1, -(-sum(map(size, places)) // limit))
+    return [place for place in places if place["block"] % every == 0]
+
+
+def menus_of_places(
+    places: Sequence[tuple[int, str]], first: tuple[int, str] | None = None
+) -> tuple[alt.Parameter, alt.Parameter]:
+    """Return menus of a block and of a module in it.
+
+    Args:
+        places: block and name of each.
+        first: what is chosen at first; None: the first.
+    """
+    found = zip(("chosen_block", "chosen_name"), ("block", "module"), zip(*places, strict=True), strict=True)
+    first = first or places[0]
+    return tuple(
+        menu(name, label, list(dict.fromkeys(options)), chosen)
+        for (name, label, options), chosen in zip(found, first, strict=True)
+    )

@@ -87,6 +87,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title, subtitle=subtitle, sections=sections, specifications=figures, bundle=bundle() if figures else ""
     )

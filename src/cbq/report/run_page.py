@@ -84,12 +84,12 @@ def write_run_page(folder: Path) -> Path:
                 Figure(
                     "outliers_activations",
                     "Channels of activations: the block, and the module that puts them out",
-                    charts.outliers(outliers.get("activations", []), "activations", "largest |x|"),
+                    charts.outliers(outliers.get("activations", []), "largest |x|"),
                 ),
                 Figure(
                     "outliers_weights",
                     "Output channels of weights: what the grid covers",
-                    charts.outliers(outliers.get("weights", []), "weights", "largest |w| covered"),
+                    charts.outliers(outliers.get("weights", []), "largest |w| covered"),
                 ),
             ],
         ),
