@@ -1,16 +1,14 @@
 """A run's charts, by Vega-Altair: each is one specification, for the page (interactive) and for files (PNG, SVG)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 import pandas as pd
 
 MAX_STEPS = 3000  # points of the curves, all windows together
-MAX_POINTS = 100_000  # of a chart with a menu of places: of large models every few blocks
 # The order of a page's menu; what a run has not is left out.
 SHOWN_FIRST = ("loss/rec", "loss/l2", "loss/kld", "loss/com", "loss/total", "beta")
 SELDOM = ("rounding/", "drift/")  # looked at once in many steps: points beside the line
-BEFORE, AFTER = "before", "after"
 NEAREST, LEARNED = "round-to-nearest", "learned"
 BLUE, RED, GREY = "#2e86c1", "#d1495b", "#888888"  # seen on light and on dark
 Chart = alt.Chart | alt.LayerChart
@@ -19,7 +17,9 @@ Chart = alt.Chart | alt.LayerChart
 def inline(frame: pd.DataFrame) -> alt.InlineData:
     """Return a frame as the CSV text that a page carries: a third of what rows in JSON would take."""
     text = frame.to_csv(index=False, float_format="%.5g")
-    return alt.InlineData(values=text, format=alt.CsvDataFormat(type="csv"))
+    # Said, not guessed: blocks would be texts, of which 10 comes before 2.
+    parse = dict.fromkeys(frame.select_dtypes("number"), "number")
+    return alt.InlineData(values=text, format=alt.CsvDataFormat(type="csv", parse=parse))
 
 
 def menu(name: str, label: str, options: Sequence[str | int], first: str | int | None = None) -> alt.Parameter:
@@ -28,13 +28,20 @@ def menu(name: str, label: str, options: Sequence[str | int], first: str | int |
     return alt.param(name=name, value=value, bind=alt.binding_select(options=list(options), name=f"{label} "))
 
 
+def step_axis() -> alt.X:
+    """Return the axis of a run's steps."""
+    axis = alt.Axis(tickMinStep=1, format="d")
+    return alt.X("cbq_step:Q", title="step, all windows together", scale=alt.Scale(nice=False), axis=axis)
+
+
+def numbers(name: str) -> alt.X:
+    """Return the axis of blocks or windows: their numbers, as many as there is room for."""
+    return alt.X(f"{name}:O", title=name, axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=6))
+
+
 def chosen_in(expression: str) -> alt.Title:
     """Return a title that says what is chosen in the menus: files have none."""
     return alt.Title(alt.ExprRef(expression), anchor="start", fontSize=12, fontWeight="normal")
-
-
-IS_CHOSEN = "datum.block == chosen_block && datum.name == chosen_name"
-TITLE_OF_PLACE = chosen_in("'block ' + chosen_block + ', ' + chosen_name")
 
 
 def curves(steps: pd.DataFrame) -> Chart | None:
@@ -54,11 +61,11 @@ def curves(steps: pd.DataFrame) -> Chart | None:
     zoom = alt.selection_interval(bind="scales", encodings=["x"], zoom="wheel![event.shiftKey]")
     lines = (
         alt.Chart(inline(frame))
-        .transform_calculate(value="toNumber(datum[curve])")
+        .transform_calculate(value="datum[curve]")
         .transform_filter("isValid(datum.value) && datum.value > 0")
         .mark_line(strokeWidth=1.5)
         .encode(
-            x=alt.X("cbq_step:Q", title="step, all windows together", scale=alt.Scale(nice=False)),
+            x=step_axis(),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format=".4~g")),
             color=alt.Color("window:O", legend=None, scale=alt.Scale(scheme="category10")),
             tooltip=[
@@ -73,19 +80,23 @@ def curves(steps: pd.DataFrame) -> Chart | None:
     return alt.layer(lines.add_params(zoom), points, title=chosen_in("curve")).add_params(chosen)
 
 
-def windows(results: Mapping) -> Chart | None:
-    """Return each window's loss at its start and at its end, as a share of round-to-nearest's."""
+def windows(solved: Sequence[Mapping]) -> Chart | None:
+    """Return each window's loss at its start and at its end, as a share of round-to-nearest's.
+
+    Args:
+        solved: as in `results.json`.
+    """
     names = {"rec_loss_first": "at its start", "rec_loss_last": LEARNED}
     rows = [
         {
             "window": number,
-            "blocks": f"{window['start']}-{window['stop'] - 1}",
+            "blocks": f"{window['start']}-{window['stop'] - 1}" if "start" in window else "",
             "state": name,
             "loss": window[key],
             "nearest": window["rec_loss_rtn"],
             "share": window[key] / window["rec_loss_rtn"],
         }
-        for number, window in enumerate(results["windows"])
+        for number, window in enumerate(solved)
         for key, name in names.items()
         if window[key] is not None and window["rec_loss_rtn"]
     ]
@@ -95,7 +106,7 @@ def windows(results: Mapping) -> Chart | None:
         alt.Chart(alt.InlineData(values=rows))
         .mark_line(point=True)
         .encode(
-            x=alt.X("window:O", title="window", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            x=numbers("window"),
             y=alt.Y("share:Q", title="loss / round-to-nearest's", scale=alt.Scale(zero=False)),
             color=state_color(list(names.values())),
             tooltip=[
@@ -135,13 +146,13 @@ def heat_map(blocks: pd.DataFrame, kind: str, title: str, form: str) -> Chart | 
         alt.Chart(inline(long))
         .mark_rect()
         .encode(
-            x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            x=numbers("block"),
             y=alt.Y("linear:N", title=None, sort=order),
             color=alt.Color(
                 "value:Q",
                 title=title,
                 scale=alt.Scale(scheme="viridis"),
-                legend=alt.Legend(orient="top", format=form, gradientLength=200),
+                legend=alt.Legend(orient="top", format=form, gradientLength=200, tickCount=3),
             ),
             tooltip=["block:O", "linear:N", alt.Tooltip("value:Q", title=title, format=".4g")],
         )
@@ -149,164 +160,29 @@ def heat_map(blocks: pd.DataFrame, kind: str, title: str, form: str) -> Chart | 
     )
 
 
-def signal_to_noise(results: Mapping) -> Chart | None:
-    """Return the signal-to-noise ratio of every block's output, of round-to-nearest and as learned."""
+def signal_to_noise(agreement: Mapping) -> Chart | None:
+    """Return the signal-to-noise ratio of every block's output, of round-to-nearest and as learned.
+
+    Args:
+        agreement: as in `results.json`.
+    """
     rows = [
         {"block": block, "corpus": corpus, "state": state, "snr": decibels}
-        for corpus, found in results["agreement"].items()
+        for corpus, found in agreement.items()
         for state, part in ((NEAREST, found.get("rtn", {})), (LEARNED, found))
         for block, decibels in enumerate(part.get("block_snr_db", []))
     ]
     if not rows:
         return None
-    corpora = list(results["agreement"])
     return (
         alt.Chart(alt.InlineData(values=rows), title=chosen_in("corpus"))
         .transform_filter("datum.corpus == corpus")
         .mark_line(point=True)
         .encode(
-            x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            x=numbers("block"),
             y=alt.Y("snr:Q", title="signal to noise, dB"),
             color=state_color([NEAREST, LEARNED]),
             tooltip=["block:O", "state:N", alt.Tooltip("snr:Q", format=".1f")],
         )
-        .add_params(menu("corpus", "corpus", corpora))
-    )
-
-
-def outliers(found: Sequence[Mapping], by: str) -> Chart | None:
-    """Return the channels of a chosen place before and after preprocessing, with the thresholds of Algorithm 1.
-
-    Args:
-        found: a part of `outliers.json`.
-        by: the label of the y axis.
-
-    Source: Figure 3.
-    """
-    if not found:
-        return None
-    found = thinned(found, lambda each: len(each["channels"]), MAX_POINTS)
-    loudest = max(found, key=lambda each: max(each["before"]) / (each["threshold"] or 1e-9))
-    chosen = menus_of_places([(each["block"], each["name"]) for each in found], (loudest["block"], loudest["name"]))
-    places = alt.Chart(alt.InlineData(values=list(found))).transform_filter(IS_CHOSEN)
-    points = (
-        places.transform_flatten(["channels", BEFORE, AFTER], as_=["channel", BEFORE, AFTER])
-        .transform_fold([BEFORE, AFTER], as_=["state", "value"])
-        .encode(
-            x=alt.X("channel:Q", title="channel", scale=alt.Scale(nice=False)),
-            y=alt.Y("value:Q", title=by),
-            color=state_color([BEFORE, AFTER]),
-            tooltip=["channel:Q", "state:N", alt.Tooltip("value:Q", format=".4g")],
-        )
-    )
-    # Rings around dots: both are seen where preprocessing changed nothing.
-    rings = points.transform_filter(f"datum.state == '{BEFORE}'").mark_point(size=70, strokeWidth=1.5)
-    dots = points.transform_filter(f"datum.state == '{AFTER}'").mark_circle(size=20, opacity=1)
-    lines = (
-        places.transform_calculate(coarse="datum.coarse_threshold", fine="datum.threshold")
-        .transform_fold(["coarse", "fine"], as_=["which", "value"])
-        .mark_rule(strokeWidth=1.5, color=GREY)
-        .encode(
-            y="value:Q",
-            strokeDash=alt.StrokeDash("which:N", title="threshold", legend=alt.Legend(orient="top")),
-            tooltip=[alt.Tooltip("which:N", title="threshold"), alt.Tooltip("value:Q", format=".4g")],
-        )
-    )
-    return alt.layer(rings, dots, lines, title=TITLE_OF_PLACE).add_params(*chosen)
-
-
-def weights(blocks: Sequence[Mapping]) -> Chart | None:
-    """Return how a chosen linear's weights lie on the integer grid, and how often each integer is taken.
-
-    Args:
-        blocks: the contents of `weights/block_*.json`.
-    """
-    rows = [
-        {
-            "block": block["block"],
-            "name": name,
-            "low": found["low"],
-            "step": (found["high"] - found["low"]) / len(found["weights"]),
-            "weights": per_million(found["weights"]),
-            "integers": per_million(found["integers"]),
-        }
-        for block in blocks
-        for name, found in block["linears"].items()
-    ]
-    if not rows:
-        return None
-    rows = thinned(rows, lambda row: len(row["weights"]) + len(row["integers"]), MAX_POINTS)
-    places = alt.Chart(alt.InlineData(values=rows)).transform_filter(IS_CHOSEN)
-    histogram = (
-        places.transform_calculate(position="sequence(length(datum.weights))")
-        .transform_flatten(["weights", "position"], as_=["count", "position"])
-        .transform_calculate(
-            from_="datum.low + datum.step * datum.position",
-            to="datum.low + datum.step * (datum.position + 1)",
-            density="datum.count / 1e6 / datum.step",
-        )
-        .mark_bar(color=BLUE, opacity=0.6, binSpacing=0)
-        .encode(
-            x=alt.X("from_:Q", title="weight / scale + zero point: integers are the grid", axis=alt.Axis(tickMinStep=1)),
-            x2="to:Q",
-            y=alt.Y("density:Q", title="share of weights, a step of the grid"),
-            y2=alt.datum(0),
-            tooltip=[
-                alt.Tooltip("from_:Q", title="from", format=".2f"),
-                alt.Tooltip("density:Q", title="share a step", format=".2%"),
-            ],
-        )
-    )
-    grid = (
-        places.transform_calculate(integer="sequence(length(datum.integers))")
-        .transform_flatten(["integers", "integer"], as_=["count", "integer"])
-        .transform_filter("datum.count > 0")
-        .transform_calculate(share="datum.count / 1e6")
-    )
-    stems = grid.mark_rule(color=RED, strokeWidth=2).encode(x="integer:Q", y="share:Q", y2=alt.datum(0))
-    heads = grid.mark_circle(color=RED, size=45, opacity=1).encode(
-        x="integer:Q",
-        y="share:Q",
-        tooltip=["integer:Q", alt.Tooltip("share:Q", title="share of weights that take it", format=".2%")],
-    )
-    chosen = menus_of_places([(row["block"], row["name"]) for row in rows])
-    return alt.layer(histogram, stems, heads, title=TITLE_OF_PLACE).add_params(*chosen)
-
-
-def per_million(counts: Sequence[int]) -> list[int]:
-    """Return shares of the sum, in millionths: few digits, however large a matrix is.
-
-    Example:
-        >>> per_million([1, 3])
-        [250000, 750000]
-    """
-    total = sum(counts) or 1
-    return [round(1e6 * count / total) for count in counts]
-
-
-def thinned(places: Sequence[Mapping], size: Callable[[Mapping], int], limit: int) -> list[Mapping]:
-    """Return the places of every k-th block, so that their sizes come to about the limit at most.
-
-    Example:
-        >>> thinned([{"block": 0}, {"block": 1}, {"block": 2}], size=lambda place: 1, limit=2)
-        [{'block': 0}, {'block': 2}]
-    """
-    every = max(1, -(-sum(map(size, places)) // limit))
-    return [place for place in places if place["block"] % every == 0]
-
-
-def menus_of_places(
-    places: Sequence[tuple[int, str]], first: tuple[int, str] | None = None
-) -> tuple[alt.Parameter, alt.Parameter]:
-    """Return menus of a block and of a module in it.
-
-    Args:
-        places: block and name of each.
-        first: what is chosen at first; None: the first.
-    """
-    found = zip(("chosen_block", "chosen_name"), ("block", "module"), zip(*places, strict=True), strict=True)
-    first = first or places[0]
-    return tuple(
-        menu(name, label, list(dict.fromkeys(options)), chosen)
-        for (name, label, options), chosen in zip(found, first, strict=True)
+        .add_params(menu("corpus", "corpus", list(agreement)))
     )

@@ -65,7 +65,7 @@ class Section:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to show."""
-        return not (self.tables or self.drawn or self.texts or self.code)
+        return not (self.tables or self.drawn or self.texts or self.notes or self.code)
 
 
 @cache
