@@ -243,6 +243,15 @@ def test_a_failure_to_draw_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "no report: RuntimeError: no fonts\n"
 
 
+def test_a_run_that_fails_leaves_a_page(run_folder, result, page_alone):
+    report = RunReport()
+    report.fail()  # before it began: nothing to show, and no second error
+    report.begin(run_folder, Console(quiet=True))
+    write_results(run_folder, result(status="failed") | {"method": "cbq", "error": "OSError: no room"})
+    report.fail()
+    assert "This run failed: OSError: no room" in (run_folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_outliers_before_and_after_against_a_plain_look_at_the_model(tmp_path):
     """Maxima of a hooked forward, before and after; the planted outlier lies above the threshold, and comes down."""
     model = tiny_model("llama")
