@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb_file import read_wandb_run
 
 import cbq
 from cbq.cli import conf_dir, flatten
@@ -76,7 +77,8 @@ def short_text(tmp_path_factory) -> Path:
 def finished(tmp_path_factory, short_text) -> Path:
     """A finished and traced run of the embedded model: W4A4, dense straight-through rounding."""
     folder = tmp_path_factory.mktemp("runs") / "w4a4"
-    run(folder, "quant=w4a4", "rounding=dense_ste", "debug=profile", *on_text(short_text))
+    options = ["quant=w4a4", "rounding=dense_ste", "debug=profile", "tracking.mode=offline", "tracking.group=table1"]
+    run(folder, *options, *on_text(short_text))
     return folder
 
 
@@ -150,6 +152,50 @@ def test_blocks_hold_what_rounding_did_to_each_linear(finished):
     agreement = json.loads((finished / "results.json").read_text())["agreement"]["text"]
     assert [row["snr_db/text/quantized"] for row in snr] == agreement["block_snr_db"]
     assert [row["snr_db/text/rtn"] for row in snr] == agreement["rtn"]["block_snr_db"]
+
+
+def test_the_wandb_run_holds_every_row_on_its_axis(finished):
+    """Against the CSV files, `results.json` and the list of what has to be there."""
+    results = json.loads((finished / "results.json").read_text())
+    recorded = read_wandb_run(finished)
+    steps, blocks = (read_rows(finished / name) for name in ("metrics.csv", "blocks.csv"))
+    assert [row for row in recorded.rows if "window" in row] == steps
+    assert [row for row in recorded.rows if "block" in row] == blocks
+    assert len(recorded.rows) == len(steps) + len(blocks) + 1, "and the table"
+
+    on_steps = {name for row in steps for name in row} - {"cbq_step"}
+    on_blocks = {name for row in blocks for name in row} - {"cbq_step", "block"}
+    assert recorded.x_axes["*"] == "cbq_step"
+    assert not on_steps & set(recorded.x_axes), "as *"
+    assert {recorded.x_axes[name] for name in on_blocks} == {"block"}
+    wanted = {"loss/rec", "loss/l2", "loss/kld", "loss/com", "loss/total", "beta", "rounding/hard", "rounding/changed"}
+    wanted |= {f"{kind}/{group}" for kind in ("lr", "gradient_norm") for group in ("rounding", "weight_scale")}
+    wanted |= {"drift/weight_scale", "drift/act_scale", "memory/host", "time/step_seconds"}
+    assert wanted <= on_steps
+    assert {"snr_db/text/rtn", "snr_db/text/quantized", "error/mlp.down_proj", "changed/self_attn.q_proj"} <= on_blocks
+
+    assert recorded.config == results["settings"]
+    assert recorded.config["quant.weight_bits"] == 4
+    assert (recorded.name, recorded.group) == ("pico W4A4 cbq", "table1")
+    assert recorded.tags == ["pico", "W4A4", "cbq"]
+    assert recorded.exit_code == 0
+    for part in ("perplexity", "agreement", "cost"):
+        for name, figure in flatten_figures(results[part], part).items():
+            assert recorded.summary[name] == figure
+    (path,) = finished.glob("wandb/offline-run-*/files/media/table/windows_*.table.json")
+    table = json.loads(path.read_text())
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == results["windows"]
+
+
+def flatten_figures(found: dict, path: str) -> dict[str, float]:
+    """Return the single numbers inside, by their paths."""
+    figures = {}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            figures |= flatten_figures(value, f"{path}/{name}")
+        elif isinstance(value, int | float):
+            figures[f"{path}/{name}"] = value
+    return figures
 
 
 def test_debug_profile_leaves_a_trace(finished):

@@ -296,3 +296,5 @@ class Runner:
             self.tracker.failed()
             write_results(self.folder.path, self.results | {"status": "failed", "error": failure(error)})
             self.folder.report_failure(error, self.state.describe(), self.results["environment"])
+            if not isinstance(error, KeyboardInterrupt):  # who stops a run does not wait for a page
+                self.report.fail()

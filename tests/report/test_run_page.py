@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -25,9 +26,11 @@ from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState
 from cbq.quantized import make_quantizable_
-from cbq.report import run_report
+from cbq.report import charts, run_page, run_report
+from cbq.report.again import reproduce
 from cbq.report.observer import on_grid
-from cbq.report.run_page import read_json, reproduce, write_run_page
+from cbq.report.page import Figure, Section, write_figures
+from cbq.report.run_page import write_run_page
 from cbq.report.run_report import RunReport
 from cbq.results import write_results
 
@@ -83,6 +86,12 @@ def run_folder(tmp_path: Path, result: Callable[..., dict]) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def page_alone(monkeypatch) -> None:
+    """Leaves out the files of the figures, which take a second."""
+    monkeypatch.setattr(run_page, "write_figures", lambda folder, sections: None)
+
+
 def test_page_holds_everything_and_asks_no_network(run_folder):
     page = write_run_page(run_folder).read_text(encoding="utf-8")
     assert len(page.encode()) < 3_000_000
@@ -91,11 +100,11 @@ def test_page_holds_everything_and_asks_no_network(run_folder):
     assert not re.findall(r'(?:src|href)="(?!#|data:)', markup), "nothing is fetched"
     targets = re.findall(r'href="#([^"]+)"', markup)
     identifiers = re.findall(r'id="([^"]+)"', markup)
-    assert len(targets) == 8
+    assert len(targets) == 9
     assert set(targets) <= set(identifiers)
     assert len(identifiers) == len(set(identifiers))
     assert "a &lt;b&gt; &amp; \N{REPLACEMENT CHARACTER}[31m" in markup
-    for cell in ("16", "98.2%", "4.250", "1:39", "2,048 tokens of c4", "piqa acc", "0.250"):
+    for cell in ("16.00", "98.2%", "4.250", "1:39", "2,048 tokens of c4", "piqa acc", "0.250"):
         assert f"<td>{cell}</td>" in markup
     files = sorted(path.name for path in (run_folder / "report" / "figures").iterdir())
     assert files == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
@@ -131,11 +140,97 @@ def test_page_of_a_run_with_results_alone(tmp_path, run_folder):
     assert re.findall(r'class="chart" id="figure-(\w+)"', page) == ["windows", "signal_to_noise", "time"]
 
 
-@pytest.mark.parametrize("status", ["running", "failed"])
-def test_no_page_of_a_run_that_is_not_finished(tmp_path, result, status):
-    write_results(tmp_path, result(status=status))
-    with pytest.raises(InputError, match=f"holds no finished run: its results.json says '{status}'"):
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [("running", "This run is not finished."), ("failed", "This run failed: OSError: no &lt;b&gt; left")],
+)
+def test_page_of_a_run_that_did_not_finish_shows_how_far_it_came(run_folder, result, status, said, page_alone):
+    """Killed while a line was written: half a line has no say."""
+    write_results(run_folder, result(status=status) | {"method": "cbq", "error": "OSError: no <b> left"})
+    (run_folder / "report" / "texts.json").unlink()
+    lines = (run_folder / "metrics.csv").read_text().splitlines()[:9]
+    lines[0] += ",window/loss_rtn,window/loss_first,window/loss_last"
+    lines[8] += ",2.5,2.0,1.0"
+    (run_folder / "metrics.csv").write_text("\n".join([*lines, "8,1,0.2", "9"]))
+    page = write_run_page(run_folder).read_text(encoding="utf-8")
+    assert said in page
+    assert f"<p>{status}, seed 0, 1 window, " in page
+    shown = {"curves", "windows", "error", "changed", "outliers_activations", "outliers_weights", "weights", "memory"}
+    assert set(re.findall(r'class="chart" id="figure-(\w+)"', page)) == shown
+    assert [row["share"] for row in rows_of(specification_of(page, "windows"))] == pytest.approx([0.8, 0.4])
+    curve = specification_of(page, "curves")
+    assert [line.split(",")[1] for line in rows_of(curve).splitlines()[1:]] == [str(step) for step in range(9)]
+
+
+def test_no_page_of_a_folder_without_a_run(tmp_path):
+    with pytest.raises(InputError, match=r"holds no run: there is no results\.json"):
         write_run_page(tmp_path)
+
+
+def test_files_that_cannot_be_read_are_named_and_the_rest_is_shown(run_folder, page_alone):
+    names = ["metrics.csv", "blocks.csv", "report/outliers.json", "report/weights/block_001.json", "report/texts.json"]
+    for name in names:
+        (run_folder / name).write_bytes(b"\xff{")
+    page = write_run_page(run_folder).read_text(encoding="utf-8")
+    assert re.findall(r"<p>(\S+) cannot be read and is left out: [^<]*</p>", page) == names
+    shown = re.findall(r'class="chart" id="figure-(\w+)"', page)
+    assert shown == ["windows", "signal_to_noise", "weights", "time"]
+
+
+def test_names_and_texts_of_others_are_text(run_folder, page_alone):
+    hostile = "</script><script>alert(1)</script>"
+    results = json.loads((run_folder / "results.json").read_text())
+    results |= {"model": hostile, "scheme": "${x}{{ 7 * 7 }}", "agreement": {hostile: {"block_snr_db": [1.0]}}}
+    results["settings"]["model.prompt"] = hostile
+    results["windows"][0]["guard"] = hostile
+    write_results(run_folder, results)
+    (run_folder / "report" / "texts.json").write_text(json.dumps({"texts": {hostile: hostile}}))
+    page = write_run_page(run_folder).read_text(encoding="utf-8")
+    assert "alert(1)</script>" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 6
+    assert "${x}{{ 7 * 7 }}" in page
+    assert len(re.findall("<script", page)) == 2
+
+
+def test_page_of_eighty_blocks_of_eight_bits(run_folder, page_alone):
+    """Under 3 MB, and blocks in the order of their numbers."""
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    place = {"num_channels": 4096, "coarse_threshold": 0.1234, "threshold": 0.2345, "channels": list(range(32))}
+    place |= {"before": [0.1234] * 32, "after": [0.1234] * 32}
+    places = [place | {"block": block, "name": name} for block in range(80) for name in names]
+    (run_folder / "report" / "outliers.json").write_text(json.dumps({"activations": places, "weights": places}))
+    linear = {"low": -1, "high": 256, "weights": [123456] * 257, "integers": [123456] * 256}
+    for block in range(80):
+        path = run_folder / "report" / "weights" / f"block_{block:03}.json"
+        path.write_text(json.dumps({"block": block, "linears": dict.fromkeys(names, linear)}))
+    columns = [f"{kind}/{name}" for kind in ("error", "changed") for name in names]
+    lines = [",".join(["block", *columns])] + [",".join([str(n), *["0.01234"] * 14]) for n in range(80)]
+    (run_folder / "blocks.csv").write_text("\n".join(lines))
+    path = write_run_page(run_folder)
+    assert path.stat().st_size < 3_000_000
+    page = path.read_text(encoding="utf-8")
+    weights = specification_of(page, "weights")
+    assert [each["bind"]["options"] for each in weights["params"]] == [list(range(0, 80, 3)), names]
+    assert specification_of(page, "error")["data"]["format"]["parse"] == {"block": "number", "value": "number"}
+
+
+def test_heat_map_keeps_the_order_of_the_blocks(tmp_path):
+    """Texts would be sorted as texts: 0, 1, 10, 11, 2."""
+    blocks = pd.DataFrame({"block": range(12), "error/fc": 0.5})
+    write_figures(tmp_path, [Section("a", figures=[Figure("error", "", charts.heat_map(blocks, "error", "e", "~g"))])])
+    texts = [each.text for each in ElementTree.parse(tmp_path / "error.svg").iter() if each.tag.endswith("text")]
+    assert [text for text in texts if text.isdigit()] == [str(block) for block in range(12)]
+
+
+def specification_of(page: str, name: str) -> dict:
+    """Return a figure's Vega-Lite out of a page."""
+    (line,) = re.findall(r"^const specifications = (.*);$", page, flags=re.MULTILINE)
+    return json.loads(line)[name]
+
+
+def rows_of(specification: dict) -> list | str:
+    """Return the rows, or the CSV text, of the first data of a chart."""
+    return next(iter(specification["datasets"].values()))
 
 
 def test_a_failure_to_draw_is_said_in_a_line(tmp_path, monkeypatch, capsys):
@@ -147,6 +242,15 @@ def test_a_failure_to_draw_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     report.begin(tmp_path, Console())
     report.finish({"before": "a"})
     assert capsys.readouterr().out == "no report: RuntimeError: no fonts\n"
+
+
+def test_a_run_that_fails_leaves_a_page(run_folder, result, page_alone):
+    report = RunReport()
+    report.fail()  # before it began: nothing to show, and no second error
+    report.begin(run_folder, Console(quiet=True))
+    write_results(run_folder, result(status="failed") | {"method": "cbq", "error": "OSError: no room"})
+    report.fail()
+    assert "This run failed: OSError: no room" in (run_folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_outliers_before_and_after_against_a_plain_look_at_the_model(tmp_path):
@@ -166,7 +270,7 @@ def test_outliers_before_and_after_against_a_plain_look_at_the_model(tmp_path):
     seen[1:] = []
     model(tokens)
     hook.remove()
-    found = read_json(tmp_path / "report" / "outliers.json")
+    found = json.loads((tmp_path / "report" / "outliers.json").read_text())
     assert [each["block"] for each in found["activations"]] == [block for block in range(4) for _ in range(4)]
     (place,) = [x for x in found["activations"] if (x["block"], x["name"]) == (1, "input_layernorm")]
     assert place["channels"] == list(range(64))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import altair as alt
 import pandas as pd
 
-from cbq.report.charts import Chart, inline
+from cbq.report.charts import Chart, inline, step_axis
 
 
 def memory(steps: pd.DataFrame) -> Chart | None:
@@ -20,7 +20,7 @@ def memory(steps: pd.DataFrame) -> Chart | None:
         alt.Chart(inline(long))
         .mark_line()
         .encode(
-            x=alt.X("cbq_step:Q", title="step, all windows together", scale=alt.Scale(nice=False)),
+            x=step_axis(),
             y=alt.Y("gib:Q", title="GiB held"),
             color=alt.Color("where:N", title=None, legend=alt.Legend(orient="top")),
             tooltip=[alt.Tooltip("cbq_step:Q", format="d"), "where:N", alt.Tooltip("gib:Q", format=".2f")],

@@ -65,7 +65,7 @@ class Section:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to show."""
-        return not (self.tables or self.drawn or self.texts or self.code)
+        return not (self.tables or self.drawn or self.texts or self.notes or self.code)
 
 
 @cache
@@ -87,6 +87,7 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title, subtitle=subtitle, sections=sections, specifications=figures, bundle=bundle() if figures else ""
     )

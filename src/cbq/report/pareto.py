@@ -96,7 +96,7 @@ def pareto_chart(table: SweepTable) -> alt.Chart | None:
         .transform_filter("datum.what == shown")
         .mark_circle(size=90, opacity=0.85)
         .encode(
-            x=alt.X("seconds:Q", title="seconds of reconstruction", scale=scale, axis=alt.Axis(format="~s")),
+            x=alt.X("seconds:Q", title="seconds of reconstruction", scale=scale, axis=alt.Axis(format=".3~s")),
             y=alt.Y("perplexity:Q", scale=scale, axis=alt.Axis(format=".4~g")),
             color=alt.Color("scheme:N", legend=alt.Legend(orient="top")),
             tooltip=["row:N", alt.Tooltip("perplexity:Q", format=".4g"), alt.Tooltip("seconds:Q", format=".0f")],

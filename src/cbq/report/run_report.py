@@ -34,9 +34,15 @@ class NoReport:
     def finish(self, texts: dict[str, str]) -> None:
         """Write the page of a run whose results are written."""
 
+    def fail(self) -> None:
+        """Write the page of a run that failed, as far as it came; its results are written."""
+
 
 class RunReport(NoReport):
     """Watches outliers and weights, and writes `report.html` and the figures beside it."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
 
     def begin(self, folder: Path, console: Console) -> None:
         self.folder, self.console = folder, console
@@ -61,6 +67,11 @@ class RunReport(NoReport):
         with self._harmless("no report"):
             write_texts(self.folder, texts)
             write_run_page(self.folder)
+
+    def fail(self) -> None:
+        if self.folder is not None:
+            with self._harmless("no report"):
+                write_run_page(self.folder)
 
     @contextmanager
     def _harmless(self, consequence: str) -> Iterator[None]:

@@ -69,6 +69,7 @@ def print_summary(console: Console, results: dict, texts: dict[str, str], folder
         "Results": "results.json",
         "Curves": "metrics.csv",
         "W&B": "wandb",
+        "Report": "report.html",
     }
     for label, name in written.items():
         if (folder / name).exists() and (folder / name).stat().st_size:
@@ -85,12 +86,13 @@ def _perplexity_table(results: dict) -> Table:
     for corpus, row in results["perplexity"].items():
         values = (row["full_precision"], row["rtn"], row["quantized"])
         closed = gap_closed(*values)
-        cells = [*map(_format_perplexity, values), "-" if closed is None else f"{closed:.1%}"]
+        cells = [*map(format_perplexity, values), "-" if closed is None else f"{closed:.1%}"]
         table.add_row(Text(corpus), *cells)
     return table
 
 
-def _format_perplexity(value: float | None) -> str:
+def format_perplexity(value: float | None) -> str:
+    """Return a perplexity with the digits that it is compared by; `-` for none."""
     if value is None:
         return "-"
     if not math.isfinite(value):
