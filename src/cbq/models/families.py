@@ -32,6 +32,7 @@ class Family:
         stored_transposed: checkpoints have the weights of the blocks' linears as (in, out).
         experts: the dotted name of a block's mixture of experts, if it has one.
         flattens_tokens: its feed-forward sees the tokens of a batch in one dimension.
+        adds_up_positions: the dotted name of a module that numbers tokens by a running sum of floats, if there is one.
         excluded: parameters of a block with two or more dimensions that stay as they are, each with the reason.
     """
 
@@ -44,6 +45,7 @@ class Family:
     stored_transposed: bool = False
     experts: str | None = None
     flattens_tokens: bool = False
+    adds_up_positions: str | None = None
     excluded: tuple[tuple[str, str], ...] = ()
 
 
@@ -61,7 +63,14 @@ FAMILIES = (
     Family(("gemma3_text",), "model.layers", GEMMA_2, attention="self_attn", gain_offset=1.0),
     Family(("phi",), "model.layers", pairs.phi, attention="self_attn"),
     Family(("phi3",), "model.layers", pairs.phi3, attention="self_attn"),
-    Family(("opt",), "model.decoder.layers", pairs.opt, attention="self_attn", flattens_tokens=True),
+    Family(
+        ("opt",),
+        "model.decoder.layers",
+        pairs.opt,
+        attention="self_attn",
+        flattens_tokens=True,
+        adds_up_positions="model.decoder",
+    ),
     Family(("bloom",), "transformer.h", pairs.bloom, calls_by_batch=True),
     Family(("gpt_neox",), "gpt_neox.layers", pairs.gpt_neox, attention="attention"),
     Family(("falcon",), "transformer.h", pairs.falcon, calls_by_batch=True),

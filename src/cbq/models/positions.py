@@ -6,15 +6,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cbq.models.families import FAMILIES
+
 
 def count_positions_(model: PreTrainedModel) -> None:
-    """Let an OPT number the tokens of texts without padding by integers; any other model is left as it is.
+    """Let a model that adds up floats to number tokens count integers, where a text has no padding.
 
-    Note: transformers' own adds up a row of 1.0, which CUDA does in no fixed order and refuses to under
-        `deterministic=true`.
+    Note: CUDA adds up floats in no fixed order, and refuses to under `deterministic=true`.
     """
-    if model.config.model_type == "opt":
-        model.get_submodule("model.decoder").register_forward_pre_hook(_count, with_kwargs=True)
+    paths = {model_type: family.adds_up_positions for family in FAMILIES for model_type in family.model_types}
+    if path := paths.get(model.config.model_type):  # models that are only measured may be of no family
+        model.get_submodule(path).register_forward_pre_hook(_count, with_kwargs=True)
 
 
 def _count(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
