@@ -129,9 +129,8 @@ def test_bad_folders(tmp_path, text, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_are_not_there(tmp_path, text, run_folder):
-    shutil.copytree(run_folder / "checkpoint", tmp_path / "broken")
-    shutil.rmtree(tmp_path / "broken" / "cbq")
+def test_weights_that_are_not_there(tmp_path, text, tiny_llama_folder):
+    shutil.copytree(tiny_llama_folder, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="transformers cannot load the model in"):
         evaluate(tmp_path / "out", text, checkpoint=tmp_path / "broken")

@@ -1,6 +1,7 @@
 """The files of a model folder: which there are, and which are missing or broken. No weight is read into memory."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ NEEDED_FILES = (
 )
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLED_DTYPES = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), FLOATS, strict=True))
+# In config.json: which file of the folder has the quantization of activations, without which it is another model.
+ACTIVATIONS_KEY = "cbq_activations"
 # How families call the number of their blocks in config.json.
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -157,7 +160,7 @@ def find_trap(folder: Path) -> str | None:
     """
     for path in sorted(folder.iterdir()):
         needed = any(fnmatch(path.name, pattern) for pattern in NEEDED_FILES)
-        special = path.suffix in READ_FILES and path.exists()
+        special = path.suffix in READ_FILES and os.path.exists(path)  # Path's own raises where it may not look
         if (special or needed) and not is_file(path) and not is_folder(path):
             return f"holds {path.name}, which is neither a file nor a folder"
     return None
