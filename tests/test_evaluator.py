@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTBigCodeConfig
+from tiny_models import TINY
+from transformers import AutoModelForCausalLM, Gemma3Config, GPTBigCodeConfig
 
 import cbq
 from cbq.checkpoint import load_any
@@ -100,6 +101,22 @@ def test_a_folder_of_another_architecture(tmp_path, text, tiny_llama_folder):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_llama_folder / file, tmp_path / "other" / file)
+    found = evaluate(tmp_path / "out", text, checkpoint=tmp_path / "other")
+    assert 100 < found["perplexity"]["text"]["quantized"] < 1000
+
+
+def test_a_folder_of_a_model_of_texts_and_images(tmp_path, text, tiny_llama_folder):
+    """Whose configuration has that of its texts inside."""
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=TINY["gemma3_text"][1], vision_config=images, mm_tokens_per_image=4, image_token_index=319
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / file, tmp_path / "other" / file)
+    loaded = load_any(tmp_path / "other")
+    assert loaded.context == 64
     found = evaluate(tmp_path / "out", text, checkpoint=tmp_path / "other")
     assert 100 < found["perplexity"]["text"]["quantized"] < 1000
 
