@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cbq.checkpoint import QUANTIZED_FILE, load_checkpoint, save_checkpoint
+from cbq.checkpoint import QUANTIZED_FILE, load_any, load_checkpoint, save_checkpoint
 from cbq.errors import InputError
 from cbq.models.loading import LoadedModel, load_pretrained
 from cbq.quant.linear import fuse_linears_, fused_linears, quant_linears
@@ -126,6 +126,27 @@ def test_plain_transformers_loads_the_weights(saved):
     )
     for name, linear in fused_linears(loaded.model):
         assert torch.equal(model.get_submodule(name).weight, linear.weight)
+
+
+def test_a_copy_without_the_quantization_of_activations_is_no_model_to_measure(saved, tmp_path):
+    """As `cp checkpoint/*` makes: its weights alone compute something else. Weights alone that are all are one."""
+    loaded, scheme, folder = saved
+    copied = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("cbq")))
+    in_activations = scheme.quantizes_activations or scheme.quantizes_qkv
+    if in_activations:
+        with pytest.raises(InputError, match=r"quantized\.safetensors is missing.* without cbq_activations in"):
+            load_any(copied)
+        config = json.loads((copied / "config.json").read_text())
+        assert (folder / config.pop("cbq_activations")).is_file()
+        (copied / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load_any(copied).model), logits(loaded.model)) is not in_activations
+
+
+def test_what_is_written_of_a_loaded_checkpoint_is_no_checkpoint(saved, tmp_path):
+    finished, _, folder = saved
+    for loaded in (finished.model, load_checkpoint(folder).model, load_pretrained(str(folder)).model):
+        loaded.config.save_pretrained(tmp_path)
+        assert "cbq" not in (tmp_path / "config.json").read_text()
 
 
 def test_names_on_disk_are_the_plain_models(saved, tiny_llama_folder):

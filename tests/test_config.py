@@ -1,6 +1,7 @@
 """Every YAML composes, binds to the signature that it feeds, and says what the paper says."""
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cbq.cli import conf_dir, flatten
+from cbq.cli.options import check_arguments
+from cbq.errors import InputError
 from cbq.streams.places import StreamPlacement
 
 # Experiments are of all groups: tests/test_experiments.py.
@@ -45,6 +48,25 @@ def test_option_composes_and_binds(option):
         required = {key for key, value in parameters.items() if value.default is value.empty}
         if not node.get("_partial_"):
             assert required <= given, f"{option} leaves out what {node['_target_']} needs"
+
+
+class AnyStep:
+    """Somebody's own class."""
+
+    def __init__(self, first: int, **options: object) -> None:
+        self.options = options
+
+
+class OneStep:
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+
+@pytest.mark.parametrize(("kind", "refused"), [(AnyStep, False), (OneStep, True)])
+def test_what_a_class_takes_by_any_name_is_no_mistake(kind, refused):
+    node = OmegaConf.create({"_target_": f"{__name__}.{kind.__name__}", "first": 1, "second": 2})
+    with pytest.raises(InputError, match=r"unknown option 'preprocess\.second'") if refused else nullcontext():
+        check_arguments(node, "preprocess")
 
 
 def test_every_group_is_in_the_table_of_contents():

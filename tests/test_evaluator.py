@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTBigCodeConfig
+from tiny_models import TINY
+from transformers import AutoModelForCausalLM, Gemma3Config, GPTBigCodeConfig
 
 import cbq
 from cbq.checkpoint import load_any
@@ -104,6 +105,22 @@ def test_a_folder_of_another_architecture(tmp_path, text, tiny_llama_folder):
     assert 100 < found["perplexity"]["text"]["quantized"] < 1000
 
 
+def test_a_folder_of_a_model_of_texts_and_images(tmp_path, text, tiny_llama_folder):
+    """Whose configuration has that of its texts inside."""
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=TINY["gemma3_text"][1], vision_config=images, mm_tokens_per_image=4, image_token_index=319
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / file, tmp_path / "other" / file)
+    loaded = load_any(tmp_path / "other")
+    assert loaded.context == 64
+    found = evaluate(tmp_path / "out", text, checkpoint=tmp_path / "other")
+    assert 100 < found["perplexity"]["text"]["quantized"] < 1000
+
+
 def test_another_models_checkpoint_is_not_compared(tmp_path, text, tiny_llama_folder, run_folder):
     other = load_pretrained(str(tiny_llama_folder))
     other.model.lm_head.weight.data.mul_(2)
@@ -129,9 +146,8 @@ def test_bad_folders(tmp_path, text, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_are_not_there(tmp_path, text, run_folder):
-    shutil.copytree(run_folder / "checkpoint", tmp_path / "broken")
-    shutil.rmtree(tmp_path / "broken" / "cbq")
+def test_weights_that_are_not_there(tmp_path, text, tiny_llama_folder):
+    shutil.copytree(tiny_llama_folder, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="transformers cannot load the model in"):
         evaluate(tmp_path / "out", text, checkpoint=tmp_path / "broken")

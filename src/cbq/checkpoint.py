@@ -6,7 +6,8 @@ linear `X`: `X.integers` (O, I) uint8, `X.weight_scale` (O, G) float32 and `X.ze
 where activations are static that step size and its zero point, `X.act_initial_scale` and `X.act_zero_point` (). For an
 attention `Y` with quantized queries, keys and values there are `Y.query.range_multiplier`, `Y.key...` and `Y.value...`
 (). The metadata hold the scheme of each. The sub-folder keeps the file out of sight of engines that read every
-safetensors file of a folder. A linear's weight is (integers - zero_point) * weight_scale.
+safetensors file of a folder; config.json names it where activations are quantized, so that its loss is seen. A linear's
+weight is (integers - zero_point) * weight_scale.
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -24,7 +25,7 @@ from cbq.errors import InputError, expanded, is_folder, one_line
 from cbq.hashes import hash_file, hash_tensors
 from cbq.models.attention import hook_attention_
 from cbq.models.engine import load_as_it_is
-from cbq.models.files import SHARD_SIZE, is_file
+from cbq.models.files import ACTIVATIONS_KEY, SHARD_SIZE, is_file, read_json
 from cbq.models.linears import to_linears_, to_stored
 from cbq.models.loading import (
     LoadedModel,
@@ -80,10 +81,17 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         for name, tensor in model.state_dict().items()
         if name not in inside and ".act_quantizer." not in name and ".qkv_quantizer." not in name
     }
-    with quiet_transformers():
-        stored = to_stored(model.config, state, list(schemes))
-        model.save_pretrained(folder, state_dict=stored, max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(folder)
+    in_activations = attentions or any(linear.act_quantizer is not None for _, linear in fused_linears(model))
+    if in_activations:
+        setattr(model.config, ACTIVATIONS_KEY, QUANTIZED_FILE.as_posix())
+    try:
+        with quiet_transformers():
+            stored = to_stored(model.config, state, list(schemes))
+            model.save_pretrained(folder, state_dict=stored, max_shard_size=SHARD_SIZE)
+            tokenizer.save_pretrained(folder)
+    finally:
+        if in_activations:
+            delattr(model.config, ACTIVATIONS_KEY)
     file = folder / QUANTIZED_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
@@ -95,7 +103,6 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(tensors, file, metadata | {"digest": digest(tensors, metadata)})
-    in_activations = attentions or any(linear.act_quantizer is not None for _, linear in fused_linears(model))
     return [WEIGHTS_ALONE] if in_activations else []
 
 
@@ -192,9 +199,24 @@ def load_any(folder: Path) -> LoadedModel:
     """Return a model to measure: a checkpoint of cbq, or what transformers loads, quantized or not.
 
     Raises:
-        InputError: there is no model in the folder.
+        InputError: there is no model in the folder, or a checkpoint of which a part is missing.
     """
-    return load_checkpoint(folder) if (folder / QUANTIZED_FILE).is_file() else load_as_it_is(folder)
+    if (folder / QUANTIZED_FILE).is_file():
+        return load_checkpoint(folder)
+    if has_activations(folder):
+        raise InputError(
+            f"damaged checkpoint, {folder / QUANTIZED_FILE} is missing, which quantizes its activations; without "
+            f"{ACTIVATIONS_KEY} in its config.json the weights alone are a model"
+        )
+    return load_as_it_is(folder)
+
+
+def has_activations(folder: Path) -> bool:
+    """Return whether config.json says that the folder's model is one with quantized activations."""
+    try:
+        return is_file(folder / "config.json") and ACTIVATIONS_KEY in read_json(folder / "config.json")
+    except ValueError:  # who loads the folder says what is wrong with it
+        return False
 
 
 def find_checkpoint(path: str) -> Path:

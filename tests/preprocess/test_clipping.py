@@ -90,6 +90,7 @@ def test_percentile_is_numpys(weight):
     assert method.ratio(ActQuantizer(4), sample) == pytest.approx(shares.mean(), rel=1e-5), (
         "a row of zeros says nothing"
     )
+    assert method.ratio(ActQuantizer(4), torch.zeros(3, 64)) == 1, "nor do many: the mean of none is no number"
 
 
 @pytest.fixture

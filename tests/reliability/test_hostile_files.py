@@ -8,7 +8,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -297,7 +297,19 @@ def test_links_are_followed_as_the_cache_of_the_hub_has_them(folder) -> None:
     assert torch.isfinite(load_pretrained(str(folder)).model(IDS).logits).all()
 
 
-@pytest.mark.parametrize("name", ["config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("name", "refused"), [("notes.txt", False), ("training_args.bin", False), ("special_tokens_map.json", True)]
+)
+@pytest.mark.parametrize("load", [load_any, load_pretrained], ids=["any", "full precision"])
+def test_a_link_that_leads_nowhere_is_refused_where_the_file_would_be_read(folder, name, refused, load) -> None:
+    """As of a download that was cut short: without the file the model could be another one."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"holds {name}, which is neither") if refused else nullcontext():
+        load(str(folder)) if load is load_pretrained else load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "special_tokens_map.json", "notes.txt"])
 def test_a_pipe_is_not_waited_for(folder, name) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)

@@ -81,7 +81,8 @@ def check_arguments(node: DictConfig, path: str) -> None:
             parameters = inspect.signature(resolve_name(node["_target_"])).parameters
         except Exception as error:  # of whatever module it names
             raise InputError(f"{path}._target_ cannot be used: {one_line(error)}") from None
-        for key in plain:
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        for key in () if takes_any else plain:
             if not key.startswith("_") and key not in parameters:
                 raise InputError(f"unknown option '{path}.{key}': it must be one of {', '.join(parameters)}")
     for key, value in plain.items():

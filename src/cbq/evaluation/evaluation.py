@@ -114,7 +114,7 @@ class Evaluation:
         Raises:
             InputError: data are missing, damaged or do not fit the model.
         """
-        self.held_out.prepare(loaded.tokenizer, loaded.model.config.vocab_size, loaded.context)
+        self.held_out.prepare(loaded.tokenizer, loaded.model.config.get_text_config().vocab_size, loaded.context)
         measured = self.held_out.texts or self.task_options["names"]
         self.recall = NOT_RECALLED
         if self.cache_dir is not None and full_precision and measured and self.baselines:

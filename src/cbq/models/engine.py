@@ -78,10 +78,11 @@ def load_as_it_is(folder: Path, dtype: str = "auto") -> LoadedModel:
         raise
     except Exception as error:  # each format of quantized weights has its own library, with errors of its own
         raise InputError(f"transformers cannot load the model in {folder}: {one_line(error)}") from error
-    check_vocabulary(folder, tokenizer, model.config)
+    config = model.config.get_text_config()  # of a model of images too
+    check_vocabulary(folder, tokenizer, config)
     check_finite(folder, model)
     name = folder.resolve().name
-    return LoadedModel(name, model.requires_grad_(False), tokenizer, context(model.config), prompt="The")
+    return LoadedModel(name, model.requires_grad_(False), tokenizer, context(config), prompt="The")
 
 
 def has_packed_zero_points(folder: Path) -> bool:

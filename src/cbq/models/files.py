@@ -1,9 +1,11 @@
 """The files of a model folder: which there are, and which are missing or broken. No weight is read into memory."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -17,8 +19,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # No leading star before `.safetensors`: some repositories hold every weight a second time in another layout.
 HUB_PATTERNS = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "merges.txt", "*.jinja")
 READ_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".jsonl")  # by transformers, by their ends
+# What changes the model where it is there: without it transformers makes do with something else.
+NEEDED_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*", "adapter_*"),
+    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*",),
+)
 FLOATS = ("F64", "F32", "F16", "BF16")
 PICKLED_DTYPES = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), FLOATS, strict=True))
+# In config.json: which file of the folder has the quantization of activations, without which it is another model.
+ACTIVATIONS_KEY = "cbq_activations"
 # How families call the number of their blocks in config.json.
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -144,12 +154,14 @@ def is_file(path: Path) -> bool:
 
 
 def find_trap(folder: Path) -> str | None:
-    """Return what is in a folder that a reader would wait for or read for ever, or None: pipes, devices, broken links.
+    """Return what is in a folder that a reader would wait for, read for ever, or take for missing; or None.
 
-    Links to files are followed: the hub's cache is made of them.
+    Links to files are followed: the hub's cache is made of them, and where a download was cut short some lead nowhere.
     """
     for path in sorted(folder.iterdir()):
-        if path.suffix in READ_FILES and not is_file(path) and not is_folder(path):
+        needed = any(fnmatch(path.name, pattern) for pattern in NEEDED_FILES)
+        special = path.suffix in READ_FILES and os.path.exists(path)  # Path's own raises where it may not look
+        if (special or needed) and not is_file(path) and not is_folder(path):
             return f"holds {path.name}, which is neither a file nor a folder"
     return None
 

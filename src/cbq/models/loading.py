@@ -26,7 +26,16 @@ from cbq.errors import InputError, check_flag, check_text, expanded, is_folder, 
 from cbq.hub import fetch_snapshot
 from cbq.models.checks import check_complete, check_config, check_finite, check_size, check_vocabulary
 from cbq.models.families import context, get_blocks, supported_types
-from cbq.models.files import HUB_PATTERNS, PICKLE, SAFETENSORS, check_weights, find_defect, find_trap, weight_format
+from cbq.models.files import (
+    ACTIVATIONS_KEY,
+    HUB_PATTERNS,
+    PICKLE,
+    SAFETENSORS,
+    check_weights,
+    find_defect,
+    find_trap,
+    weight_format,
+)
 from cbq.models.positions import count_positions_
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -154,11 +163,14 @@ def _load_folder(folder: Path, name: str, dtype: str, trust_remote_code: bool, p
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Read config.json, of any architecture."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a nonsensical value can raise anything in the class of a configuration
         raise InputError(
             f"{folder}/config.json describes no model ({one_line(error)}); supported: {', '.join(supported_types())}"
         ) from error
+    if hasattr(config, ACTIVATIONS_KEY):
+        delattr(config, ACTIVATIONS_KEY)  # it is of this folder, and of none that is written from the model
+    return config
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -192,4 +192,5 @@ class Percentile(Clipping):
 
     def ratio(self, quantizer: ActQuantizer, sample: torch.Tensor) -> float:
         largest = sample.abs().amax(-1, keepdim=True)
-        return (self.limits(sample)[largest > 0] / largest[largest > 0]).mean().item()
+        shares = self.limits(sample)[largest > 0] / largest[largest > 0]
+        return shares.mean().item() if len(shares) else 1.0  # of an input that is always zero there is nothing to cut
