@@ -16,6 +16,7 @@ from cbq.report.summary import format_perplexity
 from cbq.results import RESULTS_NAME, read_results
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
+WIDEST = 10_000  # characters: a line is never cut
 Run = dict[str, Any]
 # What runs can be sorted by: the smallest first. None, where a figure was not measured, comes last.
 KEYS: dict[str, Callable[[Run], Any]] = {
@@ -58,19 +59,19 @@ class RunList:
             except InputError as error:  # of another program, or damaged: no reason not to show the others
                 unread.append(f"not read: {error}")
         shown = in_order([run for run in found if run["status"] == "finished"], self.sort)
-        others = [
-            f"{run['status']}: {run['folder']}  {run.get('error', '')}".rstrip() for run in found if run not in shown
-        ]
+        left = [run for run in found if run["status"] != "finished"]
+        others = [f"{run['status']}: {run['folder']}  {run.get('error', '')}".rstrip() for run in left]
         console = Console(highlight=False)
         if shown:
             rows = table(shown)
             # Beyond the terminal rather than cut: a path in pieces cannot be copied.
-            console.print(rows, width=max(console.width, console.measure(rows).maximum), soft_wrap=True)
+            console.width = max(console.width, Console(width=WIDEST).measure(rows).maximum)
+            console.print(rows)
         for line in [*others, *unread]:
             console.print(Text(line), soft_wrap=True)
-        left = f", {len(others)} unfinished or failed" if others else ""
+        count = f", {len(left)} unfinished or failed" if left else ""
         where = " and ".join(map(str, self.folders))
-        console.print(Text(f"{len(shown)} finished runs below {where}{left}"), soft_wrap=True)
+        console.print(Text(f"{len(shown)} finished runs below {where}{count}"), soft_wrap=True)
         return shown
 
 
