@@ -49,6 +49,35 @@ def test_what_is_shown(runs, capsys, monkeypatch):
     assert lines[-1] == f"4 finished runs below {runs}, 1 unfinished or failed"
 
 
+def test_a_narrow_terminal_cuts_nothing(tmp_path, result, capsys, monkeypatch):
+    """Nor does a pipe, which has no width."""
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / ("a folder with a very long name" * 4)
+    found = result(model="meta-llama/Llama-3.1-8B") | {"method": "cbq", "effective_bits": 4.0}
+    found["cost"]["wall_time_seconds"] = 60
+    write_results(folder, found)
+    RunList(str(tmp_path)).run()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if str(folder) in line]
+    assert "meta-llama/Llama-3.1-8B" in row
+
+
+def test_files_of_other_programs_and_failed_runs_are_named(runs, result, capsys):
+    for name, text in (
+        ("lm_eval", '{"results": {}}'),
+        ("half", '{"format_version": 1, "sta'),
+        ("a", '{"format_version": 1}'),
+    ):
+        (runs / name).mkdir()
+        (runs / name / "results.json").write_text(text)
+    write_results(runs / "late", result(status="failed") | {"error": "OSError: [no] room"})
+    assert len(RunList(str(runs)).run()) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert f"failed: {runs / 'late'}  OSError: [no] room" in lines
+    for name, reason in (("lm_eval", "has format_version None"), ("half", "is not valid JSON"), ("a", "is of no run")):
+        assert [line for line in lines if f"{name}/results.json {reason}" in line and line.startswith("not read: ")]
+    assert lines[-1] == f"4 finished runs below {runs}, 2 unfinished or failed"
+
+
 def test_without_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert RunList().run() == []

@@ -12,9 +12,11 @@ from rich.text import Text
 
 from cbq.cost import format_duration
 from cbq.errors import InputError
+from cbq.report.summary import format_perplexity
 from cbq.results import RESULTS_NAME, read_results
 
 DEFAULT_FOLDERS = ("outputs", "multirun")
+WIDEST = 10_000  # characters: a line is never cut
 Run = dict[str, Any]
 # What runs can be sorted by: the smallest first. None, where a figure was not measured, comes last.
 KEYS: dict[str, Callable[[Run], Any]] = {
@@ -30,7 +32,7 @@ KEYS: dict[str, Callable[[Run], Any]] = {
 
 
 class RunList:
-    """Shows the finished runs below a folder as a table, and says how many others there are.
+    """Shows the finished runs below a folder as a table, and names the others.
 
     Args:
         folder: None: `outputs` and `multirun`, as far as they are there.
@@ -50,23 +52,38 @@ class RunList:
 
     def run(self) -> list[Run]:
         """Print the table and return what it shows."""
+        found, unread = [], []
+        for path in (path for folder in self.folders for path in sorted(folder.rglob(RESULTS_NAME))):
+            try:
+                found.append(read(path))
+            except InputError as error:  # of another program, or damaged: no reason not to show the others
+                unread.append(f"not read: {error}")
+        shown = in_order([run for run in found if run["status"] == "finished"], self.sort)
+        left = [run for run in found if run["status"] != "finished"]
+        others = [f"{run['status']}: {run['folder']}  {run.get('error', '')}".rstrip() for run in left]
         console = Console(highlight=False)
-        found = [read(path) for folder in self.folders for path in sorted(folder.rglob(RESULTS_NAME))]
-        finished = [run for run in found if run["status"] == "finished"]
-        shown = in_order(finished, self.sort)
         if shown:
-            console.print(table(shown))
-        left = len(found) - len(finished)
+            rows = table(shown)
+            # Beyond the terminal rather than cut: a path in pieces cannot be copied.
+            console.width = max(console.width, Console(width=WIDEST).measure(rows).maximum)
+            console.print(rows)
+        for line in [*others, *unread]:
+            console.print(Text(line), soft_wrap=True)
+        count = f", {len(left)} unfinished or failed" if left else ""
         where = " and ".join(map(str, self.folders))
-        others = f", {left} unfinished or failed" if left else ""
-        console.print(Text(f"{len(shown)} finished runs below {where}{others}"), soft_wrap=True)
+        console.print(Text(f"{len(shown)} finished runs below {where}{count}"), soft_wrap=True)
         return shown
 
 
 def read(path: Path) -> Run:
-    """Return the content of a `results.json`, with its folder, and when it was written (seconds since 1970)."""
+    """Return the content of a `results.json`, with its folder, and when it was written (seconds since 1970).
+
+    Raises:
+        InputError: it is no run's.
+    """
     results = read_results(path.parent)
-    assert results is not None, f"{path} was found"
+    if results is None or "status" not in results:
+        raise InputError(f"{path} is of no run")
     return results | {"folder": str(path.parent), "finished": path.stat().st_mtime}
 
 
@@ -83,19 +100,19 @@ def in_order(runs: Sequence[Run], sort: str) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """Return runs as a table: perplexity of the first corpus, in full precision and quantized."""
+    """Return runs as a table: perplexity of the first corpus, quantized and in full precision."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("finished", "model", "scheme", "method", "seed"):
-        shown.add_column(heading, no_wrap=heading != "model", overflow="fold")
-    for heading in ("perplexity", "of", "time"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("perplexity", "full precision", "time"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("folder", overflow="fold", min_width=24)
+    shown.add_column("folder", no_wrap=True)
     for run in runs:
         perplexity = next(iter(run["perplexity"].values()), {})
         shown.add_row(
             datetime.fromtimestamp(run["finished"]).strftime("%Y-%m-%d %H:%M"),
             *(Text(str(run[key])) for key in ("model", "scheme", "method", "seed")),
-            *(f"{value:.2f}" if (value := perplexity.get(key)) else "-" for key in ("quantized", "full_precision")),
+            *(format_perplexity(perplexity.get(key)) for key in ("quantized", "full_precision")),
             format_duration(run["cost"]["wall_time_seconds"]),
             Text(run["folder"]),
         )
