@@ -19,14 +19,15 @@ WRITES = 60  # of all calls that change the disk, as many are killed, from the f
 def test_killed_at_random_moments(starter, reference, seconds, tmp_path, moments, index, record_property):
     """SIGKILL, again and again, each time after a random time; a run that ended before it makes room for another."""
     moments.seed(index)
-    killed = ended_well = 0
-    while killed < KILLS_A_RUN or ended.code:
+    killed = ended_well = code = 0
+    while killed < KILLS_A_RUN or code:
         kill = killed < KILLS_A_RUN
         run = tmp_path / f"run{ended_well}"
         ended = starter.start(run, after=moments.uniform(0, seconds) if kill else None)
         assert ended.code in (0, *([-signal.SIGKILL] if kill else [])), ended.said
-        killed += ended.code == -signal.SIGKILL
-        if ended.code == 0:
+        code = ended.code
+        killed += code == -signal.SIGKILL
+        if code == 0:
             assert_same(reference, run)
             ended_well += 1
     record_property("tried", killed)
