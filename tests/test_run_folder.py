@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -164,6 +165,23 @@ def test_one_run_at_a_time(tmp_path):
     with make(tmp_path).held():
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_its_last_holder_removed_is_none(tmp_path, monkeypatch):
+    """It ends between the opening and the locking of the file: a third run would find no file, and lock another."""
+    real, calls = FileLock.acquire, []
+
+    def late(self, **options):
+        result = real(self, **options)
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        return result
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with make(tmp_path).held(), pytest.raises(InputError, match="in use by another run"), make(tmp_path).held():
+        pass
+    assert len(calls) == 2
 
 
 def test_results_without_configuration(tmp_path):

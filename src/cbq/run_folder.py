@@ -125,6 +125,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+            while not (self.path / LOCK_NAME).exists():  # its last holder removed it in between: another could come too
+                lock.release()
+                lock.acquire(timeout=0)
         except Timeout:
             raise InputError(f"hydra.run.dir {self.path} is in use by another run") from None
         except OSError as error:
