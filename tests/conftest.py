@@ -2,12 +2,15 @@
 
 import pydoc_data.topics
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cbq.cli import main
 
 VOCAB_SIZE = 320
 CONTEXT = 128
@@ -88,3 +91,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what datasets converts out of the user's home."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Return a function that runs `cbq` in an empty folder, and its exit code."""
+    folder = tmp_path_factory.mktemp("work")
+
+    def run(*words: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["cbq", *words])
+            with pytest.raises(SystemExit) as exit_info:
+                main()
+        return exit_info.value.code
+
+    return run

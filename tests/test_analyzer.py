@@ -2,30 +2,13 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import hydra
 import pytest
 from hydra.utils import get_object
 
-from cbq.cli import conf_dir, main
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Return a function that runs `cbq` in an empty folder, and its exit code."""
-    folder = tmp_path_factory.mktemp("work")
-
-    def run(*words: str) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", ["cbq", *words])
-            with pytest.raises(SystemExit) as exit_info:
-                main()
-        return exit_info.value.code
-
-    return run
+from cbq.cli import conf_dir
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Targets, exports and generation from the command line."""
 
 import json
-import sys
 from pathlib import Path
 
 import hydra
@@ -12,26 +11,10 @@ from hydra.utils import get_object
 from transformers import AutoModelForCausalLM
 
 from cbq.checkpoint import load_checkpoint
-from cbq.cli import conf_dir, main
+from cbq.cli import conf_dir
 from cbq.results import SCHEMA_PATH
 
 TOKENS = torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Return a function that runs `cbq` in an empty folder, and its exit code."""
-    folder = tmp_path_factory.mktemp("work")
-
-    def run(*words: str) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", ["cbq", *words])
-            with pytest.raises(SystemExit) as exit_info:
-                main()
-        return exit_info.value.code
-
-    return run
 
 
 @pytest.fixture(scope="module")
