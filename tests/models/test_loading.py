@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from transformers import LlamaForCausalLM, MambaConfig
 
 from cbq.errors import InputError
@@ -177,6 +178,18 @@ def test_position_tables_of_old_checkpoints_are_ignored(folder: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(8)}))
     load_pretrained(str(folder))
+
+
+def test_masks_of_old_gpt2_checkpoints_are_ignored(folder: Path) -> None:
+    """As the hub's gpt2 has them; transformers itself leaves out `attn.bias` alone."""
+    model = tiny_model("gpt2")
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    masks = {"attn.bias": torch.ones(1, 1, 64, 64).tril() > 0, "attn.masked_bias": torch.tensor(-1e4)}
+    named = {f"transformer.h.{block}.{name}": mask.clone() for block in range(4) for name, mask in masks.items()}
+    edit_weights(folder, lambda tensors: tensors.update(named))
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(str(folder)).model(IDS).logits, model(IDS).logits)
 
 
 # --- bad folders: each one is one line

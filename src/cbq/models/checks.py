@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from cbq.errors import InputError, one_line
 from cbq.models.families import find_family, supported_types
 
-NO_PARAMETERS = ("rotary_emb.inv_freq", ".g_idx")
+NO_PARAMETERS = ("rotary_emb.inv_freq", ".masked_bias", ".g_idx")
 
 
 def check_config(folder: Path, config: PreTrainedConfig) -> None:
@@ -82,8 +82,8 @@ def check_complete(folder: Path, config: PreTrainedConfig, info: dict) -> None:
         InputError: there are some.
     """
     # Parameters of a block that nothing uses (biases, more blocks) mean that config.json describes another model.
-    # Position tables of old LLaMA checkpoints are no parameters, nor is the order of inputs in the layout of GPTQ:
-    # AutoRound does not read it, and refuses any but the plain one.
+    # Position tables of old LLaMA checkpoints and masks of old GPT-2 ones are no parameters, nor is the order of inputs
+    # in the layout of GPTQ: AutoRound does not read it, and refuses any but the plain one.
     known = config.model_type in supported_types()
     blocks = (find_family(config).blocks if known else "") + "."
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith(NO_PARAMETERS)]
