@@ -22,6 +22,7 @@ from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
 from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
 from cbq.models.loading import LoadedModel
+from cbq.placement import check_fits
 from cbq.preprocess.statistics import set_act_ranges_
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
@@ -48,7 +49,7 @@ class Analyzer:
         seed: of the choice of segments.
 
     Raises:
-        InputError: there is nothing to do, or something is out of range.
+        InputError: there is nothing to do, no model, or something is out of range.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Analyzer:
         seed: int = 0,
     ) -> None:
         check_seed("seed", seed)
+        if not callable(load_model):
+            raise InputError(f"nothing to analyze: model=<name> chooses a model, got {load_model!r}")
         if figure is None and scan is None:
             raise InputError("nothing to analyze: figure and scan are both null")
         if not scheme.quantizes_weights:
@@ -138,6 +141,7 @@ class Analyzer:
             raise InputError("calibration.segment_tokens must be at least 2: the first token is not predicted")
         for note in self.evaluation.prepare(loaded):
             self.console.print(note)
+        check_fits(loaded.model, self.device)  # without the integers, which are never made here
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         if self.figure:
             self.figure.check(loaded)
