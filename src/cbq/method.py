@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cbq.errors import InputError
+from cbq.errors import InputError, check_flag, check_text
 from cbq.quant.scheme import QuantScheme
 
 
@@ -15,6 +15,9 @@ class Method:
         without_activations: it is made for schemes that quantize weights only.
         with_activations: it is made for schemes that quantize activations too.
 
+    Raises:
+        InputError: the name is no text, or another no truth value.
+
     Example:
         >>> Method("awq", with_activations=False).check(QuantScheme(4, 4))
         Traceback (most recent call last):
@@ -24,6 +27,11 @@ class Method:
     name: str
     without_activations: bool = True
     with_activations: bool = True
+
+    def __post_init__(self) -> None:
+        check_text("method.name", self.name)
+        for key in ("without_activations", "with_activations"):
+            check_flag(f"method.{key}", getattr(self, key))
 
     def check(self, scheme: QuantScheme) -> None:
         """Refuse a scheme that the method is not made for.

@@ -234,6 +234,22 @@ def test_any_options_end_well_or_in_one_line(cbq, capsys, tiny_llama_folder, tex
     run()
 
 
+TEXTS = ("method.name=0", "method.name=null", "model.name=5", "model.name=[1]")
+
+
+@pytest.mark.parametrize("model", ["hf", "pico"])
+@pytest.mark.parametrize("word", TEXTS)
+def test_what_is_a_text_is_nothing_else(cbq, capsys, tiny_llama_folder, text, model, word):
+    """What hydra reads as a number was one until titles, tags and paths were made of it."""
+    folder = [f"model.path={tiny_llama_folder}"] if model == "hf" else []
+    code, error, left = cbq(
+        capsys, f"model={model}", *folder, "calibration=text", f"calibration.path={text}", *BASE, word
+    )
+    assert (code, left) == (2, [])
+    assert error.startswith(f"cbq: {word.partition('=')[0]} must be a text")
+    assert len(error.splitlines()) == 1
+
+
 OTHER_OPTIONS = {
     "evaluate": ("checkpoint", "evaluation.segment_tokens", "evaluation.stride", "evaluation.corpora", "model", "seed"),
     "generate": ("prompt", "max_tokens", "temperature", "seed", "compare", "checkpoint", "command.seed"),

@@ -79,8 +79,9 @@ def load_embedded(name: str = "pico", dtype: str = "auto", prompt: str = "    de
         prompt: the start of the sample texts.
 
     Raises:
-        InputError: there is no such model in the package, or the dtype is unknown.
+        InputError: there is no such model in the package, the dtype is unknown, or a text is none.
     """
+    check_text("model.name", name)
     if not (embedded_folder(name) / "config.json").is_file():
         raise InputError(f"the package ships no model {name!r}; it ships 'pico'")
     return _load_folder(embedded_folder(name), name, dtype, False, prompt)
@@ -106,9 +107,11 @@ def load_pretrained(
 
     Raises:
         InputError: no such folder; not on the hub, or no way to ask; a file is missing or corrupt; the architecture
-            is not supported; parameters or token ids do not fit the configuration; an unknown dtype.
+            is not supported; parameters or token ids do not fit the configuration; an unknown dtype; a text is none.
     """
     check_text("model.path", path)
+    check_text("model.name", name, optional=True)
+    check_text("model.revision", revision, optional=True)
     check_flag("model.trust_remote_code", trust_remote_code)
     folder = expanded(path)
     if is_folder(folder):
