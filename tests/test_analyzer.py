@@ -6,8 +6,10 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from hydra.utils import get_object
 
+from cbq.analyzer import Analyzer
 from cbq.cli import conf_dir
 
 
@@ -91,6 +93,22 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, data, words, said, tm
     assert said in errors
     assert errors.count("\n") == 1
     assert not folder.exists()
+
+
+def test_a_model_that_is_too_large_for_the_device_is_one_line(command, data, tmp_path, capsys, monkeypatch):
+    """Second derivatives need the whole of it there: it would be no memory, after minutes."""
+    plain = Analyzer.__init__
+
+    def on_a_gpu(self, **options):
+        plain(self, **options)
+        self.device = torch.device("cuda")
+
+    monkeypatch.setattr(Analyzer, "__init__", on_a_gpu)
+    monkeypatch.setattr("cbq.placement.free_device_bytes", lambda device: 2**20)
+    assert command("analyze", *data, f"hydra.run.dir={tmp_path / 'out'}") == 2
+    error = capsys.readouterr().err
+    assert "GiB that are free on the device" in error
+    assert error.count("\n") == 1
 
 
 def test_the_command_binds_to_its_classes_with_no_argument():

@@ -22,6 +22,7 @@ from cbq.data.calibration import Calibration
 from cbq.errors import InputError, check_seed
 from cbq.evaluation.evaluation import NOT_RECALLED, Evaluation, Scores
 from cbq.models.loading import LoadedModel
+from cbq.placement import check_fits
 from cbq.preprocess.statistics import set_act_ranges_
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState, quant_state
@@ -138,6 +139,7 @@ class Analyzer:
             raise InputError("calibration.segment_tokens must be at least 2: the first token is not predicted")
         for note in self.evaluation.prepare(loaded):
             self.console.print(note)
+        check_fits(loaded.model, self.device)  # without the integers, which are never made here
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         if self.figure:
             self.figure.check(loaded)

@@ -7,7 +7,7 @@ from cbq.models.families import get_blocks
 from cbq.models.loading import PreTrainedModel
 from cbq.models.offload import offload_
 from cbq.quant.linear import quant_linears
-from cbq.streams.memory import free_device_bytes
+from cbq.streams.memory import GIB, free_device_bytes
 
 RESIDENT_SHARE = 0.6  # of the device's free memory, how much a model may take: a window and its batches need the rest
 OFFLOAD = ("auto", True, False)
@@ -53,6 +53,20 @@ def fits(model: PreTrainedModel, device: torch.device) -> bool:
     """Return whether the whole of a model can be on a device, finished too, with room for what computes with it."""
     torch.cuda.empty_cache()  # what an earlier run of this process has given back is not free to the device
     return finished_bytes(model) <= RESIDENT_SHARE * free_device_bytes(device)
+
+
+def check_fits(model: PreTrainedModel, device: torch.device) -> None:
+    """Refuse a model that is too large for its device, for work that needs the whole of it there.
+
+    Raises:
+        InputError: it is.
+    """
+    if device.type != "cpu" and not fits(model, device):
+        raise InputError(
+            f"the model takes {finished_bytes(model) / GIB:.3g} GiB, which must be at most {RESIDENT_SHARE} of the "
+            f"{free_device_bytes(device) / GIB:.3g} GiB that are free on the device: a smaller model or dtype, or "
+            "CUDA_VISIBLE_DEVICES= for the host"
+        )
 
 
 def finished_bytes(model: PreTrainedModel) -> int:

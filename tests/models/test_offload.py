@@ -1,6 +1,7 @@
 """Blocks in host memory: who comes and goes when. There is no second device here; `tests/test_box.py` has one."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cbq.errors import InputError
 from cbq.evaluation.agreement import compare, remember
 from cbq.models.families import get_blocks
 from cbq.models.offload import HOST, OffloadedBlock, lent, moved, offload_
-from cbq.placement import RESIDENT_SHARE, check_offload, model_bytes, place_
+from cbq.placement import RESIDENT_SHARE, check_fits, check_offload, model_bytes, place_
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.statistics import expert_tokens
 from cbq.quant.linear import fuse_linears_
@@ -195,6 +196,16 @@ def test_auto_counts_the_integers_that_there_will_be(monkeypatch, bits, expected
     fuse_linears_(get_blocks(model))
     assert (model_bytes(model) > RESIDENT_SHARE * free) is expected, "as it came out"
     assert place_(model, GPU) is expected, "integers that are there count once"
+
+
+@pytest.mark.parametrize(
+    ("device", "share_of_free", "refused"), [(GPU, 0.5, False), (GPU, 0.7, True), (HOST, 2, False)]
+)
+def test_work_on_the_whole_model_needs_room_for_it(monkeypatch, device, share_of_free, refused):
+    model = tiny_model("llama")
+    monkeypatch.setattr("cbq.placement.free_device_bytes", lambda device: model_bytes(model) / share_of_free)
+    with pytest.raises(InputError, match=r"takes 0\.00\d+ GiB, .* at most 0\.6 of") if refused else nullcontext():
+        check_fits(model, device)
 
 
 @pytest.mark.parametrize("offload", ["auto", True, False])
