@@ -150,6 +150,19 @@ def test_a_refused_run_removes_only_what_it_made(cbq, tmp_path, there):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "analyze", "export", "generate"])
+@pytest.mark.parametrize("word", ["model=null", "~model"])
+def test_no_model_is_one_line(cbq, tmp_path, command, word):
+    """Hydra's own line was that a choice must be a string, not of what; nor is there a line of its own before it."""
+    (tmp_path / "run").mkdir()
+    words = ["run"] if command in ("export", "generate") else []
+    code, _, error = cbq(command, *words, word)
+    assert code == 2
+    (line,) = error.splitlines()
+    assert line.startswith("cbq: ")
+    assert word == "~model" or line.startswith("cbq: model must be one of bloom"), line
+
+
 def test_too_little_room_for_the_streams(cbq, tmp_path, monkeypatch):
     monkeypatch.setattr("cbq.streams.places.free_disk_bytes", lambda folder: 100_000)
     code, _, error = cbq(*SMALL, "activations.cache=disk")

@@ -49,7 +49,7 @@ class Analyzer:
         seed: of the choice of segments.
 
     Raises:
-        InputError: there is nothing to do, or something is out of range.
+        InputError: there is nothing to do, no model, or something is out of range.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class Analyzer:
         seed: int = 0,
     ) -> None:
         check_seed("seed", seed)
+        if not callable(load_model):
+            raise InputError(f"nothing to analyze: model=<name> chooses a model, got {load_model!r}")
         if figure is None and scan is None:
             raise InputError("nothing to analyze: figure and scan are both null")
         if not scheme.quantizes_weights:

@@ -150,7 +150,9 @@ def analyze(config: DictConfig) -> None:
     check_keys(config, "analyze")
     job = HydraConfig.get()
     typed = [word for word in job.overrides.task if re.match(r"(model|quant)\.", word.lstrip("+"))]
-    command = shlex.join(["cbq", *(f"{group}={job.runtime.choices[group]}" for group in ("model", "quant")), *typed])
+    command = shlex.join(
+        ["cbq", *(f"{group}={job.runtime.choices.get(group)}" for group in ("model", "quant")), *typed]
+    )
     folder = Path(job.runtime.output_dir)
     instantiate(config.analyzer, folder=folder, settings=flatten(config), command=command).run()
 

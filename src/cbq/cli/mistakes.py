@@ -102,6 +102,19 @@ def check_flags(words: Sequence[str]) -> None:
     parser.parse_args(list(words))
 
 
+def check_choices(words: Sequence[str]) -> None:
+    """Refuse a group of options that is chosen to be nothing: hydra's own line does not say which.
+
+    Raises:
+        InputError: there is one.
+    """
+    for word in words:
+        group, _, choice = word.partition("=")
+        choices = sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")) if choice == "null" else []
+        if choices:
+            raise InputError(f"{group} must be one of {', '.join(choices)}, got null: leave it out for none")
+
+
 def while_composing(error: BaseException) -> bool:
     """Return whether hydra raised an error while it made a configuration of the command line: it has no type for all
     of them."""

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from cbq.cli.commands import COMMANDS, Command
 from cbq.cli.made import THERE
-from cbq.cli.mistakes import check_flags, explain, while_composing
+from cbq.cli.mistakes import check_choices, check_flags, explain, while_composing
 from cbq.cli.options import conf_dir
 from cbq.cli.resolvers import register
 from cbq.cli.resume import resumed
@@ -76,6 +76,7 @@ def main() -> None:
     application = hydra.main(version_base="1.3", config_path=conf_dir(), config_name=chosen.config_name)
     try:
         check_flags(sys.argv[1:])
+        check_choices(sys.argv[1:])
         application(lambda config: codes.append(run_job(chosen, config, jobs)))()
     except KeyboardInterrupt:
         print(f"cbq: {'terminated' if stopped.by_signal else 'interrupted'}", file=sys.stderr)
