@@ -112,7 +112,7 @@ def check_choices(words: Sequence[str]) -> None:
         group, _, choice = word.partition("=")
         choices = sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")) if choice == "null" else []
         if choices:
-            raise InputError(f"{group} must be one of {', '.join(choices)}, got null: leave it out for none")
+            raise InputError(f"{group} must be one of {', '.join(choices)}, got null")
 
 
 def while_composing(error: BaseException) -> bool:

@@ -101,7 +101,7 @@ def compare(model: PreTrainedModel, blocks: nn.ModuleList, reference: Reference)
 
 def hash_head(model: PreTrainedModel) -> str:
     """Return the hash of a model's output embedding, whatever its dtype."""
-    return hash_tensors({"weight": model.get_output_embeddings().weight.float()})
+    return hash_tensors({"weight": model.get_output_embeddings().weight.cpu().float()})
 
 
 def run(model: PreTrainedModel, segment: torch.Tensor) -> torch.Tensor:
