@@ -1,6 +1,8 @@
 """Every YAML composes, binds to the signature that it feeds, and says what the paper says."""
 
+import copy
 import inspect
+import re
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from cbq.cli import conf_dir, flatten
-from cbq.cli.options import check_arguments
+from cbq.cli.options import check_arguments, unpin_
 from cbq.errors import InputError
 from cbq.streams.places import StreamPlacement
 
@@ -19,6 +21,9 @@ from cbq.streams.places import StreamPlacement
 OPTIONS = sorted(
     path.relative_to(conf_dir()) for path in Path(conf_dir()).glob("*/*.yaml") if path.parent.name != "experiment"
 )
+
+
+PIN = "4782ad278652c7c71b72204d462d6d01eaaf7549"  # of model=llama7b
 
 
 @cache
@@ -48,6 +53,33 @@ def test_option_composes_and_binds(option):
         required = {key for key, value in parameters.items() if value.default is value.empty}
         if not node.get("_partial_"):
             assert required <= given, f"{option} leaves out what {node['_target_']} needs"
+
+
+def test_a_pinned_revision_is_a_commit_of_one_model_only():
+    models = [OmegaConf.load(Path(conf_dir()) / option) for option in OPTIONS if option.parent.name == "model"]
+    pins = [model.revision for model in models if model.get("revision") is not None]
+    assert PIN in pins
+    assert [pin for pin in pins if not (isinstance(pin, str) and re.fullmatch("[0-9a-f]{40}", pin))] == []
+    assert len(set(pins)) == len(pins)  # files elsewhere name one commit for several models
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["model=llama7b"], PIN),
+        (["model=llama7b", "model.name=mine"], PIN),
+        (["model=llama7b", "model.revision=main"], "main"),
+        (["model=llama7b", "model.path=/data/llama-7b"], None),
+        (["model=llama7b", "++model.path=somebody/llama-7b"], None),
+        (["model=llama7b", "model.path=somebody/llama-7b", "model.revision=v1"], "v1"),
+        (["model=hf", "model.path=somebody/llama-7b", "model.revision=v1"], "v1"),
+    ],
+    ids=str,
+)
+def test_a_pin_is_of_the_models_own_repository(typed, expected):
+    config = copy.deepcopy(compose(*typed))
+    unpin_(config, typed)
+    assert config.model.revision == expected
 
 
 class AnyStep:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_file import read_wandb_run
@@ -86,6 +88,7 @@ def test_results_follow_the_schema(finished):
     results = json.loads((finished / "results.json").read_text())
     jsonschema.validate(results, json.loads(SCHEMA_PATH.read_text()))
     assert results["status"] == "finished"
+    assert results["fingerprint"]["revision"] is None  # it comes with the package
     assert [(w["start"], w["stop"]) for w in results["windows"]] == [(i, i + 2) for i in range(7)]
     assert all(w["changed_integers"] > 0 and w["guard"] is None for w in results["windows"])
     assert all(w["rec_loss_last"] < w["rec_loss_rtn"] for w in results["windows"])
@@ -283,13 +286,16 @@ def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny
     assert found["device"] == found["host"] == found["disk"]
 
 
-def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
+def test_a_model_of_the_hub_at_the_commit_of_its_preset(
+    tmp_path, hub_cache, tiny_llama_folder, tiny_text_file, no_network
+):
+    commit = OmegaConf.load(Path(conf_dir()) / "model" / "llama7b.yaml").revision
+    shutil.copytree(tiny_llama_folder, hub_cache / "models--huggyllama--llama-7b" / "snapshots" / commit)
     test_file = tmp_path / "test.txt"
     test_file.write_text(tiny_text_file.read_text(encoding="utf-8")[-20_000:], encoding="utf-8")
     results = run(
         tmp_path / "run",
-        "model=hf",
-        f"model.path={tiny_llama_folder}",
+        "model=llama7b",
         "calibration=text",
         f"calibration.path={tiny_text_file}",
         "calibration.num_segments=8",
@@ -299,6 +305,8 @@ def test_a_model_that_is_not_ours(tmp_path, tiny_llama_folder, tiny_text_file):
         "quant.group_size=32",
         "rounding=dense_ste",
     )
+    assert no_network == []
+    assert (results["model"], results["fingerprint"]["revision"]) == ("llama7b", commit)
     assert results["scheme"] == "W2A16g32"
     assert len(results["windows"]) == 3
     assert all(w["rec_loss_last"] < w["rec_loss_rtn"] for w in results["windows"])

@@ -56,6 +56,8 @@ def fetch_snapshot(
 ) -> Path:
     """Return the local folder of a model repository, downloaded only if the cache does not have all of it.
 
+    The folder has the name of the commit.
+
     Args:
         repo_id: the repository, such as `huggyllama/llama-7b`.
         patterns: the files to download, as shell patterns.
@@ -75,13 +77,14 @@ def fetch_snapshot(
             return cached
     except LocalEntryNotFoundError:
         pass
-    check_reachable(repo_id, "model", revision, wanted=repo_id)
+    wanted = repo_id if revision is None else f"{repo_id} at {revision}"
+    check_reachable(repo_id, "model", revision, wanted)
     return Path(
         _download(
             lambda: snapshot_download(
                 repo_id, revision=revision, allow_patterns=patterns, etag_timeout=CONNECT_TIMEOUT_SECONDS
             ),
-            repo_id,
+            wanted,
         )
     )
 

@@ -206,7 +206,7 @@ class Runner:
             "settings": self.settings,
             "protocol": self.evaluation.protocol() | {"calibration": described},
             "environment": here,
-            "fingerprint": {"model": identity["model"]},
+            "fingerprint": {"model": identity["model"], "revision": loaded.revision},
         }
         self.folder.start(self.results)
         self.while_running.enter_context(logged_to(self.folder.path / LOG_NAME))

@@ -55,6 +55,7 @@ def test_folder_gives_the_same_logits_as_transformers(tiny_llama_folder: Path, c
     assert loaded.model.config.use_cache  # a checkpoint made from it would generate slowly otherwise
     assert len(loaded.blocks) == 4
     assert (loaded.name, loaded.context, loaded.prompt) == (tiny_llama_folder.name, 128, "The")
+    assert loaded.revision is None
     assert loaded.tokenizer.decode(loaded.tokenizer("Some text.")["input_ids"]) == "Some text."
 
 
@@ -309,8 +310,17 @@ def test_hub_id_is_loaded_from_the_cache_without_network(
     loaded = load_pretrained("huggyllama/llama-7b")
     assert loaded.name == "huggyllama/llama-7b"
     assert len(loaded.blocks) == 4
-    assert load_pretrained("huggyllama/llama-7b", revision=COMMIT).context == 128
+    assert loaded.revision == COMMIT  # of which main is another name
+    assert load_pretrained("huggyllama/llama-7b", revision=COMMIT).revision == COMMIT
     assert no_network == []
+
+
+def test_another_revision_than_the_cached_one_is_not_made_do_with(
+    hub_cache: Path, tiny_llama_folder: Path, no_network: list[str]
+) -> None:
+    cache_model(hub_cache, tiny_llama_folder)
+    with pytest.raises(InputError, match=r"huggyllama/llama-7b at 0{40} is not in the local hub cache"):
+        load_pretrained("huggyllama/llama-7b", revision="0" * 40)
 
 
 def test_hub_id_that_is_not_cached_fails_fast(hub_cache: Path, no_network: list[str]) -> None:

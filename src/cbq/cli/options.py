@@ -114,6 +114,19 @@ def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
             raise InputError(f"{group} means nothing with {chosen}: leave it out")
 
 
+def unpin_(config: DictConfig, typed: Sequence[str]) -> None:
+    """Leave out the commit that a choice of `model` pins where another model is typed beside it.
+
+    Args:
+        config: the composed configuration.
+        typed: the command line.
+    """
+    keys = {word.partition("=")[0].lstrip("+") for word in typed}
+    model = config.get("model")
+    if "model.path" in keys and "model.revision" not in keys and OmegaConf.is_config(model) and "revision" in model:
+        model.revision = None
+
+
 def flatten(config: DictConfig, prefix: str = "") -> dict:
     """Return every option of the experiment by its dotted key, as results and W&B list them."""
     flat = {}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from cbq.cli.commands import COMMANDS, Command
 from cbq.cli.made import THERE
 from cbq.cli.mistakes import check_choices, check_flags, explain, while_composing
-from cbq.cli.options import conf_dir
+from cbq.cli.options import conf_dir, unpin_
 from cbq.cli.resolvers import register
 from cbq.cli.resume import resumed
 from cbq.errors import InputError, one_line
@@ -143,6 +143,7 @@ def run_job(command: Command, config: DictConfig, jobs: Jobs) -> int:
     if in_sweep:
         print(f"\njob {job.job.num}: {job.job.override_dirname}", flush=True)
     try:
+        unpin_(config, job.overrides.task)
         command.task(config)
     except Exception as error:
         line = explain(error, command.config_name)

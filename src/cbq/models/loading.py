@@ -51,6 +51,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         context: the most tokens that the model was made for.
         prompt: the start of the sample texts.
+        revision: the commit of the hub that its files are of; None: they are not from the hub.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     context: int
     prompt: str
+    revision: str | None = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -100,7 +102,7 @@ def load_pretrained(
     Args:
         path: a local folder, or a hub id such as `huggyllama/llama-7b`. What the hub cache has is not asked for again.
         name: how results call it; the folder's name or the hub id if None.
-        revision: a branch, tag or commit of the hub id.
+        revision: a branch, tag or commit of the hub id; the main branch if None. Of a local folder it means nothing.
         dtype: `auto` (the checkpoint's own, but float32 without a GPU), `float32`, `bfloat16` or `float16`.
         trust_remote_code: run Python code that comes with the checkpoint.
         prompt: the start of the sample texts.
@@ -123,7 +125,9 @@ def load_pretrained(
     if weight_format(folder) is not SAFETENSORS:  # as of OPT, whose list of pickles may be here
         patterns.append(PICKLE.pattern)
         folder = fetch_snapshot(path, patterns, lambda cached: find_defect(cached) is None, revision=revision)
-    return _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
+    loaded = _load_folder(folder, results_name(path, name), dtype, trust_remote_code, prompt)
+    loaded.revision = folder.name
+    return loaded
 
 
 def results_name(path: str, name: str | None = None) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from cbq.errors import InputError
 from cbq.hashes import hash_tensors
 
-NOT_COMPARED = {"wall_time_seconds"}
+NOT_COMPARED = {"wall_time_seconds", "revision"}  # the hash of the weights is compared
 MEASURED = ("protocol", "fingerprint", "perplexity", "bits_per_byte", "zero_shot", "agreement", "windows")
 WEIGHTS = ("*.safetensors", "cbq/*.safetensors")
 
@@ -37,7 +37,7 @@ class Figure:
 
 
 def figures(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Figure]:
-    """Return every figure that does not depend on the time that a run took.
+    """Return every figure that does not depend on the time that a run took, or on where its model came from.
 
     Args:
         then: what `results.json` of a finished run holds.
@@ -58,6 +58,8 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     Example:
         >>> flat({"windows": [{"start": 0, "wall_time_seconds": 1.5}]})
         {'windows.0.start': 0}
+        >>> flat({"fingerprint": {"model": "5f2c", "revision": "4782"}})
+        {'fingerprint.model': '5f2c'}
     """
     if isinstance(value, dict):
         items = [(key, item) for key, item in value.items() if key not in NOT_COMPARED]
