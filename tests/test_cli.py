@@ -39,6 +39,12 @@ def cbq(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def small(tiny_llama_folder) -> list[str]:
+    """The options of a run that takes a second: rounding to nearest, of 4 blocks."""
+    return [*SMALL, "model=hf", f"model.path={tiny_llama_folder}", "calibration=embedded"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -208,33 +214,33 @@ def test_help_and_unknown_commands(cbq):
     assert "must be one of quantize" in error
 
 
-def test_a_folder_remembers_its_run(cbq, tmp_path):
+def test_a_folder_remembers_its_run(cbq, small, tmp_path):
     folder = "hydra.run.dir=run"
-    assert cbq(*SMALL, folder)[0] == 0
+    assert cbq(*small, folder)[0] == 0
     first = (tmp_path / "run" / "results.json").read_text()
-    code, output, _ = cbq("quantize", *SMALL, folder)
+    code, output, _ = cbq("quantize", *small, folder)
     assert code == 0
     assert "already finished" in output
     assert (tmp_path / "run" / "results.json").read_text() == first
-    code, _, error = cbq(*SMALL, folder, "seed=1")
+    code, _, error = cbq(*small, folder, "seed=1")
     assert code == 2
     assert "different configuration" in error
     (tmp_path / "run" / "results.json").write_text(first.replace('"finished"', '"running"'))
-    assert cbq(*SMALL, folder)[0] == 0  # a run that ended half-way starts anew
+    assert cbq(*small, folder)[0] == 0  # a run that ended half-way starts anew
     assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "finished"
-    code, _, _ = cbq(*SMALL, folder, "seed=1", "overwrite=true")
+    code, _, _ = cbq(*small, folder, "seed=1", "overwrite=true")
     assert code == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["seed"] == 1
 
 
-def test_one_bad_cell_does_not_end_a_sweep(cbq, tmp_path):
-    code, _, error = cbq("-m", *SMALL, "hydra.sweep.dir=sweep", "cbd.window=9,8,1,10")
+def test_one_bad_cell_does_not_end_a_sweep(cbq, small, tmp_path):
+    code, _, error = cbq("-m", *small, "hydra.sweep.dir=sweep", "cbd.window=5,4,1,6")
     assert code == 2
-    assert "job 0: cbd.window must be at most the model's 8 blocks" in error
+    assert "job 0: cbd.window must be at most the model's 4 blocks" in error
     assert error.splitlines()[-1] == "cbq: failed jobs: 0, 3; the others are done"
     cells = [json.loads(path.read_text()) for path in tmp_path.rglob("results.json")]
     statuses = {results["settings"]["cbd.window"]: results["status"] for results in cells}
-    assert statuses == {8: "finished", 1: "finished", 9: "failed", 10: "failed"}
+    assert statuses == {4: "finished", 1: "finished", 5: "failed", 6: "failed"}
     assert cbq("report", "sweep")[0] == 0
     rows = (tmp_path / "sweep" / "report.md").read_text().splitlines()
     assert sum(row.count("failed") > 0 for row in rows) == 2
@@ -256,20 +262,20 @@ def test_a_failed_cell_of_a_sweep_says_what_it_is(cbq, tmp_path):
             assert "rounding means nothing with method=" in results["error"]
 
 
-def test_a_failed_start_never_removes_a_finished_run(cbq, tmp_path):
+def test_a_failed_start_never_removes_a_finished_run(cbq, small, tmp_path):
     """Not even with overwrite=true, which would have removed it at the start."""
-    words = ["-m", *SMALL, "hydra.sweep.dir=sweep", "hydra.sweep.subdir=cell"]
-    assert cbq(*words, "cbd.window=8")[0] == 0
+    words = ["-m", *small, "hydra.sweep.dir=sweep", "hydra.sweep.subdir=cell"]
+    assert cbq(*words, "cbd.window=4")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "sweep" / "cell").rglob("*") if path.is_file()}
-    code, _, error = cbq(*words, "cbd.window=9", "overwrite=true")
+    code, _, error = cbq(*words, "cbd.window=5", "overwrite=true")
     assert code == 2
     assert "cbd.window must be at most" in error
     assert {path: path.read_bytes() for path in (tmp_path / "sweep" / "cell").rglob("*") if path.is_file()} == before
 
 
-def test_a_table_goes_on_where_it_was_left(cbq, tmp_path):
+def test_a_table_goes_on_where_it_was_left(cbq, small, tmp_path):
     """The same command again: finished cells are skipped, a cell that was interrupted runs anew."""
-    table = ["-m", *SMALL, "experiment=glob(table15_*)"]
+    table = ["-m", *small, "experiment=glob(table15_*)"]
     assert cbq(*table)[0] == 0
     cells = sorted((tmp_path / "multirun" / "table15").rglob("results.json"))
     first = [path.read_text() for path in cells]
@@ -282,10 +288,10 @@ def test_a_table_goes_on_where_it_was_left(cbq, tmp_path):
     assert cells[1].read_text() == first[1]
 
 
-def test_a_fault_of_ours_shows_and_is_kept(cbq, tmp_path, monkeypatch):
+def test_a_fault_of_ours_shows_and_is_kept(cbq, small, tmp_path, monkeypatch):
     monkeypatch.setattr("cbq.runner.save_checkpoint", lambda *_: 1 / 0)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cbq", *SMALL, "hydra.run.dir=run"])
+    monkeypatch.setattr(sys, "argv", ["cbq", *small, "hydra.run.dir=run"])
     with pytest.raises(ZeroDivisionError):
         main()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -294,7 +300,7 @@ def test_a_fault_of_ours_shows_and_is_kept(cbq, tmp_path, monkeypatch):
     assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
 
 
-def test_a_full_disk_is_one_line_and_how_to_go_on(cbq, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_how_to_go_on(cbq, small, tmp_path, monkeypatch):
     """Also where a library in Rust wrote, whose errors have no number."""
 
     def full(*args: object) -> None:
@@ -302,19 +308,19 @@ def test_a_full_disk_is_one_line_and_how_to_go_on(cbq, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("cbq.runner.save_checkpoint", full)
-        code, _, err = cbq(*SMALL, "hydra.run.dir=run")
+        code, _, err = cbq(*small, "hydra.run.dir=run")
     assert code == 2
     assert f"cbq: to go on: cbq resume={tmp_path / 'run'}\ncbq: cannot write: No space left on device" in err
     assert "Traceback" not in err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "failed"
-    assert cbq(*SMALL, "hydra.run.dir=run")[0] == 0
+    assert cbq(*small, "hydra.run.dir=run")[0] == 0
 
 
 @pytest.mark.parametrize(
     "program", [[str(ROOT / "run.py")], pytest.param(["-m", "cbq"], marks=pytest.mark.slow)], ids=["run.py", "-m cbq"]
 )
-def test_from_another_directory(tmp_path, program):
-    command = [sys.executable, *program, *LEARNED, "hydra.run.dir=run"]
+def test_from_another_directory(small, tmp_path, program):
+    command = [sys.executable, *program, *small, "hydra.run.dir=run"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
     assert {"results.json", "config.yaml", "metrics.csv", "checkpoint"} <= {

@@ -55,7 +55,7 @@ def test_bfloat16_gains_stay_bfloat16(make_setup):
     assert norm.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("scheme", [W2A16, W4A4], ids=str)
+@pytest.mark.parametrize("scheme", [W2A16, pytest.param(W4A4, marks=pytest.mark.slow)], ids=str)
 def test_learned_gains_lower_the_loss(run, make_setup, scheme):
     """And only where they are wanted; the rest of what stays in full precision is left alone."""
     before = gains_of(make_setup(scheme).model)

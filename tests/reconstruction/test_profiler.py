@@ -19,7 +19,13 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("skip", "batches", "traced"), [(3, 2, 2), (0, 1, 1), (7, 3, 3), (100, 100, 4)], ids=["", "first", "late", "all"]
+    ("skip", "batches", "traced"),
+    [
+        pytest.param(3, 2, 2, id=""),
+        pytest.param(0, 1, 1, id="first", marks=pytest.mark.slow),
+        pytest.param(7, 3, 3, id="late", marks=pytest.mark.slow),
+        pytest.param(100, 100, 4, id="all"),
+    ],
 )
 def test_as_many_steps_of_the_first_window_as_asked_for(run, tmp_path, skip, batches, traced):
     """4 steps an epoch; what is more than that is left out. Nothing of the second window."""

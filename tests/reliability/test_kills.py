@@ -59,7 +59,8 @@ def test_asked_to_end(starter, reference, seconds, tmp_path, moments, number, co
     for index in range(10):
         run = tmp_path / f"run{index}"
         # As typed again by resume=, overwrite=true would throw away what there is to go on from.
-        ended = starter.start(run, "overwrite=true", after=moments.uniform(0.1, 0.9) * seconds, number=number)
+        words = ("overwrite=true", "report=none")
+        ended = starter.start(run, *words, after=moments.uniform(0.1, 0.9) * seconds, number=number)
         if ended.code == 0:
             continue
         tried += 1
@@ -72,7 +73,7 @@ def test_asked_to_end(starter, reference, seconds, tmp_path, moments, number, co
             ended = starter.start(run, resume=True)
             assert ("going on after window" in ended.said) or not windows, ended.said
         else:  # it had not begun
-            ended = starter.start(run)
+            ended = starter.start(run, "report=none")
         assert ended.code == 0, ended.said
         assert_same(reference, run)
     assert tried >= 5

@@ -192,6 +192,7 @@ def test_names_and_texts_of_others_are_text(run_folder, page_alone):
     assert len(re.findall("<script", page)) == 2
 
 
+@pytest.mark.slow
 def test_page_of_eighty_blocks_of_eight_bits(run_folder, page_alone):
     """Under 3 MB, and blocks in the order of their numbers."""
     names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
