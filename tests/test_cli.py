@@ -49,6 +49,8 @@ def small(tiny_llama_folder) -> list[str]:
     ("overrides", "said"),
     [
         (["cbd.overlap=2"], "cbd.overlap must be 0 to 1"),
+        (["reconstruction.loss=x"], "reconstruction.loss is no value but a part of the configuration, got 'x'"),
+        (["reconstruction.loss=null"], "reconstruction.loss is no value but a part of the configuration, got None"),
         (["cbd.window=9"], "cbd.window must be at most the model's 8 blocks, got 9"),
         (["cbd.window=0"], "cbd.window must be an integer of at least 1"),
         (["cbd.rounding_blocks=all"], "must be one of window, overlap"),

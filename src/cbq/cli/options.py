@@ -2,10 +2,12 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import resolve_name  # hydra's own prints what it does not find
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -73,21 +75,43 @@ def check_arguments(node: DictConfig, path: str) -> None:
         path: its dotted key.
 
     Raises:
-        InputError: there is an argument too many.
+        InputError: there is an argument too many, or a value in the place of a part.
     """
     plain = OmegaConf.to_container(node, resolve=False)
     if "_target_" in plain:
         try:
-            parameters = inspect.signature(resolve_name(node["_target_"])).parameters
+            target = resolve_name(node["_target_"])
+            parameters = inspect.signature(target).parameters
+            hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
         except Exception as error:  # of whatever module it names
             raise InputError(f"{path}._target_ cannot be used: {one_line(error)}") from None
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for key in () if takes_any else plain:
             if not key.startswith("_") and key not in parameters:
                 raise InputError(f"unknown option '{path}.{key}': it must be one of {', '.join(parameters)}")
+        for key in hints.keys() & plain.keys():
+            value = node[key]
+            needed = value is None and NoneType not in get_args(hints[key])
+            if is_part(hints[key]) and (needed or isinstance(value, str | bytes | int | float)):
+                raise InputError(f"{path}.{key} is no value but a part of the configuration, got {value!r}")
     for key, value in plain.items():
         if isinstance(value, dict):
             check_arguments(node[key], f"{path}.{key}")
+
+
+def is_part(hint: object) -> bool:
+    """Return whether a parameter takes only objects that `_target_` makes: of classes of ours or torch's, or functions.
+
+    Example:
+        >>> from cbq.reconstruction.scaling import LearnedScaling
+        >>> is_part(LearnedScaling | None), is_part(Callable[[int], int]), is_part(int | None), is_part(Path)
+        (True, True, False, False)
+    """
+    kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,)) - {NoneType}
+    return bool(kinds) and all(
+        get_origin(kind) is Callable or getattr(kind, "__module__", "").partition(".")[0] in ("cbq", "torch")
+        for kind in kinds
+    )
 
 
 def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
