@@ -1,9 +1,10 @@
 """Writes docs/reliability.md: what was done to runs and files, how often, and what was lost.
 
-    python scripts/reliability_table.py
+    python scripts/reliability_table.py [FILE ...]
 
-Runs `tests/reliability` with its slow tests (about half an hour on two quiet cores) and counts; no network. Full and
-read-only disks need root, for a file system of their own; they are shown as not run otherwise.
+Runs `tests/reliability` with its slow tests (about half an hour on two quiet cores), or only the named files of it, and
+counts; no network. Rows of tests that are not run stay as they are. Full and read-only disks need root, for a file
+system of their own; they are shown as not run otherwise.
 """
 
 import platform
@@ -77,17 +78,22 @@ class Outcomes:
 
     def write(self) -> None:
         """Write the page with what was counted so far."""
-        lines = [["fault", "tried", "survived", "lost", "survived means"], ["---", "---:", "---:", "---:", "---"]]
+        page = ROOT / "docs" / "reliability.md"
+        before = page.read_text(encoding="utf-8") if page.is_file() else ""
+        earlier = {line[2:].split(" | ")[0]: line for line in before.splitlines() if line.startswith("| ")}
+        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        lines = [
+            "| fault | tried | survived | lost | survived means | commit |",
+            "| --- | ---: | ---: | ---: | --- | --- |",
+        ]
         for title, meaning in dict.fromkeys((KILLS | OTHERS).values()):
             tried, lost, skipped = self.counts.get(title, [0, 0, 1])
             figures = ["not run"] * 3 if skipped and not tried else [str(tried), str(tried - lost), str(lost)]
-            lines.append([title, *figures, meaning])
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-        where = f"\n\nCommit {commit.stdout.strip()}, {platform.system()} {platform.machine()}.\n"
-        page = ROOT / "docs" / "reliability.md"
-        rest = page.read_text(encoding="utf-8").partition("\n## ")[2] if page.is_file() else ""
-        page.write_text(HEAD + table + where + (f"\n## {rest}" if rest else ""), encoding="utf-8")
+            row = " | ".join([title, *figures, meaning, commit.stdout.strip()])
+            lines.append(f"| {row} |" if title in self.counts else earlier.get(title, f"| {row} |"))
+        rest = before.partition("\n## ")[2]
+        text = HEAD + "\n".join(lines) + f"\n\n{platform.system()} {platform.machine()}.\n"
+        page.write_text(text + (f"\n## {rest}" if rest else ""), encoding="utf-8")
 
 
 def main() -> None:
