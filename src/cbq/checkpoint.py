@@ -35,7 +35,7 @@ from cbq.models.loading import (
     quiet_transformers,
 )
 from cbq.quant.attention import QKVQuantizer, qkv_quantizers
-from cbq.quant.linear import FusedLinear, fused_linears, make_act_quantizer
+from cbq.quant.linear import FusedLinear, fused_linears, make_act_quantizer, product_of
 from cbq.quant.quantizer import ActQuantizer
 from cbq.quant.scheme import MODEL_WIDE, QuantScheme
 from cbq.quant.state import QuantState
@@ -252,6 +252,7 @@ def load_linear(linear: nn.Linear, scheme: QuantScheme, name: str, tensors: dict
         weight=linear.weight.detach(),
         bias=linear.bias,
         act_quantizer=load_act_quantizer(scheme, name, tensors) if activations else None,
+        product=product_of(linear),
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from cbq.errors import InputError
 from cbq.quant.linear import (
@@ -56,6 +57,20 @@ def learn_something_(linear: QuantLinear, kind: type = DenseSTE) -> None:
 def test_full_precision_is_bit_equal_to_nn_linear(scheme, bias, dtype):
     linear, x = make_linear(bias, dtype), torch.randn(2, 5, 16).to(dtype)
     assert torch.equal(QuantLinear(linear, scheme)(x), linear(x))
+
+
+def test_bias_is_added_as_the_linear_itself_does():
+    """Falcon's adds it to what is rounded already: in bfloat16 another sum on every machine."""
+    torch.manual_seed(0)
+    linear, x = FalconLinear(64, 32, dtype=torch.bfloat16), torch.randn(4, 8, 64, dtype=torch.bfloat16)
+    assert not torch.equal(linear(x), F.linear(x, linear.weight, linear.bias)), "the test tells nothing"
+    quant_linear = QuantLinear(linear, QuantScheme(4, 16))
+    assert torch.equal(quant_linear(x), linear(x))
+    learn_something_(quant_linear, Nearest)
+    fused = fuse(quant_linear)
+    with torch.no_grad():
+        linear.weight.copy_(fused.weight)
+    assert torch.equal(fused(x), linear(x))
 
 
 def test_weight_and_bias_are_shared_and_frozen():

@@ -55,8 +55,9 @@ class Blocked(Kernels):
     """A few rows at a time, so that what a formula makes on the way stays in the processor's cache. Needs no compiler.
 
     Rows do not touch each other, so that values and gradients are those of one pass over everything, to the bit where
-    rows are of whole vectors (a CPU takes another exp and pow for what is left over). Only the sum of the penalty,
-    which is but shown, depends on the chunks in its last digits.
+    rows are of whole vectors (a CPU takes another exp and pow for what is left over), and where low-rank logits do not
+    depend on how many rows are multiplied at once (some processors' do, in the last bit). The sum of the penalty, which
+    is but shown, depends on the chunks in its last digits.
     """
 
     def forward(

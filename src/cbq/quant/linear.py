@@ -3,6 +3,8 @@
 Shapes: O out_features, I in_features, G groups a row.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,10 +23,23 @@ def make_act_quantizer(scheme: QuantScheme) -> ActQuantizer:
     return kind(scheme.act_bits, scheme.act_symmetric, scheme.act_denominator, scheme.engine_activations)
 
 
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def bias_apart(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x (..., I) times the weight (O, I), rounded to its type, and then plus the bias (O,), (..., O)."""
+    return F.linear(x, weight) if bias is None else F.linear(x, weight) + bias
+
+
+def product_of(linear: nn.Linear) -> Product:
+    """Return how `linear` multiplies: a class of its own (Falcon's) adds the bias to what is rounded already."""
+    return F.linear if type(linear).forward is nn.Linear.forward else bias_apart
+
+
 class QuantLinear(Quantized):
     """A linear whose weight and input can be quantized.
 
-    Full precision is a state, not a second copy of the weight; in it the output is bit-equal to `nn.Linear`'s.
+    Full precision is a state, not a second copy of the weight; in it the output is bit-equal to `linear`'s.
 
     Args:
         linear: its weight and bias are shared, not copied.
@@ -38,7 +53,7 @@ class QuantLinear(Quantized):
         super().__init__()
         self.scheme = scheme
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.product = linear.weight, linear.bias, product_of(linear)
         self.weight_quantizer: WeightQuantizer | None = None
         self.act_quantizer: ActQuantizer | None = None
         if scheme.quantizes_weights:
@@ -60,7 +75,7 @@ class QuantLinear(Quantized):
         elif self.state is QuantState.LEARNED:
             x = self.act_quantizer(x) if self.act_quantizer else x
             weight = self.weight_quantizer(weight, self.rounding).to(weight.dtype) if self.weight_quantizer else weight
-        return F.linear(x, weight, self.bias)
+        return self.product(x, weight, self.bias)
 
     @torch.no_grad()
     def integers(self) -> torch.Tensor | None:
@@ -108,6 +123,7 @@ class FusedLinear(nn.Module):
         weight: (O, I). Replaced by what the integers stand for, in its dtype; kept where the weight is not quantized.
         bias: (O,) or None.
         act_quantizer: quantizes the input, or None.
+        product: how the linear that it stands for multiplies (`product_of`).
     """
 
     def __init__(
@@ -119,6 +135,7 @@ class FusedLinear(nn.Module):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         act_quantizer: ActQuantizer | None,
+        product: Product = F.linear,
     ) -> None:
         super().__init__()
         self.scheme = scheme
@@ -131,12 +148,12 @@ class FusedLinear(nn.Module):
             dequantized = dequantize_affine(groups, weight_scale.unsqueeze(-1), zero_point.float().unsqueeze(-1))
             weight = dequantized.flatten(1).to(weight.dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
+        self.bias, self.product = bias, product
         self.act_quantizer = act_quantizer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x (..., I), quantized, times the weight plus the bias, (..., O)."""
-        return F.linear(self.act_quantizer(x) if self.act_quantizer else x, self.weight, self.bias)
+        return self.product(self.act_quantizer(x) if self.act_quantizer else x, self.weight, self.bias)
 
 
 def quantize_linears_(blocks: nn.ModuleList, scheme: QuantScheme) -> None:
@@ -179,6 +196,7 @@ def fuse(linear: QuantLinear) -> FusedLinear:
         weight=linear.weight.detach(),
         bias=linear.bias,
         act_quantizer=linear.act_quantizer,
+        product=linear.product,
     )
 
 
