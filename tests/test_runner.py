@@ -75,6 +75,12 @@ def short_text(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def on_tiny_llama(tiny_llama_folder, tiny_text_file) -> list[str]:
+    """Return the options of a run of a model of four small blocks."""
+    return ["model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={tiny_text_file}"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short_text) -> Path:
     """A finished and traced run of the embedded model: W4A4, dense straight-through rounding."""
@@ -240,8 +246,8 @@ def test_rtn_is_round_to_nearest_of_every_block_linear(tmp_path, short_text):
     assert results["effective_bits"] == pytest.approx(2.0, abs=0.1)
 
 
-def test_without_baselines_the_same_model(tmp_path, short_text):
-    options = ["reconstruction=none", *on_text(short_text)]
+def test_without_baselines_the_same_model(tmp_path, on_tiny_llama, short_text):
+    options = [*on_tiny_llama, "reconstruction=none", *on_text(short_text)]
     full = run(tmp_path / "full", *options)
     alone = run(tmp_path / "alone", *options, "evaluation.baselines=false")
     jsonschema.validate(alone, json.loads(SCHEMA_PATH.read_text()))
@@ -249,9 +255,9 @@ def test_without_baselines_the_same_model(tmp_path, short_text):
     assert alone["perplexity"]["text"]["full_precision"] is alone["perplexity"]["text"]["rtn"] is None
 
 
-def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path, on_tiny_llama):
     options = ["quant=w2a16", "rounding=lora_ste", "reconstruction.num_steps=2", "reconstruction.epochs=null"]
-    options += ["evaluation=none", "cbd.window=8"]
+    options += [*on_tiny_llama, "evaluation=none", "cbd.window=4"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, *options, f"seed={seed}")
     weights = {name: (tmp_path / name / "checkpoint" / "model.safetensors").read_bytes() for name in "abc"}
@@ -260,10 +266,9 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     assert found["a"] == found["b"] != found["c"]
 
 
-def test_where_streams_are_kept_changes_no_bit(tmp_path, tiny_llama_folder, tiny_text_file):
+def test_where_streams_are_kept_changes_no_bit(tmp_path, on_tiny_llama):
     """Two streams and the homologous one, statistics for preprocessing and for static ranges, a short last batch."""
-    options = ["model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={tiny_text_file}"]
-    options += ["calibration.num_segments=11", "calibration.segment_tokens=32", "evaluation=none"]
+    options = [*on_tiny_llama, "calibration.num_segments=11", "calibration.segment_tokens=32", "evaluation=none"]
     options += ["quant=w4a4", "quant.act_granularity=tensor", "preprocess=cfp", "rounding=dense_ste"]
     options += ["reconstruction.homologous_weight=1.0", "reconstruction.epochs=1"]
     (tmp_path / "files").mkdir()

@@ -52,6 +52,7 @@ def quick(tmp_path_factory) -> tuple[Path, str]:
     return folder, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_every_row_is_there(quick):
     folder, printed = quick
     rows, environment = read_rows(folder / "benchmarks.json")
@@ -65,6 +66,7 @@ def test_every_row_is_there(quick):
     assert f"{environment['threads']} threads" in printed
 
 
+@pytest.mark.slow
 def test_content_of_the_file(quick):
     content = json.loads((quick[0] / "benchmarks.json").read_text())
     assert content["format_version"] == 1

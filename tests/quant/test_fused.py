@@ -102,8 +102,8 @@ def test_equals_plain_autograd_in_float64(kind, scheme):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(("kind", "scheme"), CASES, ids=IDS)
 def test_equals_plain_autograd_to_the_bit(kind, scheme, monkeypatch):
-    """In float32; but the penalty itself, whose sum is taken by chunks. Low-rank logits in one chunk: a product of fewer
-    rows has other last bits on some processors."""
+    """In float32; but the penalty itself, whose sum is taken by chunks. Low-rank logits in one chunk, for a product of
+    fewer rows has other last bits on some processors."""
     if kind[0] is LoRARounding:
         monkeypatch.setattr(kernels_module, "CPU_CHUNK", SHAPE[0] * SHAPE[1])
     weight, quantizer, rounding, gradient = make(kind, scheme)
