@@ -1,5 +1,6 @@
 """Random command lines of every command: each ends in success or in one clear line, never in a traceback."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -200,14 +201,21 @@ def cbq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
         yield run
 
 
-def check(cbq: Callable, capsys: pytest.CaptureFixture, words: list[str]) -> None:
-    """Run a command line, which must end well or in one line, with nothing left behind."""
-    code, error, left = cbq(capsys, *words)
-    assert code in (0, 2), words
-    if code == 2:
-        assert error.startswith("cbq: "), words
-        assert len(error.splitlines()) == 1, words
-        assert not left, words
+@pytest.fixture
+def check(cbq, capsys, record_property) -> Callable[[list[str]], None]:
+    """Runs a command line, which must end well or in one line, with nothing left behind; counts them."""
+    numbers = itertools.count(1)
+
+    def check(words: list[str]) -> None:
+        record_property("tried", next(numbers))
+        code, error, left = cbq(capsys, *words)
+        assert code in (0, 2), words
+        if code == 2:
+            assert error.startswith("cbq: "), words
+            assert len(error.splitlines()) == 1, words
+            assert not left, words
+
+    return check
 
 
 def fuzz(max_examples: int) -> Callable:
@@ -223,13 +231,13 @@ def fuzz(max_examples: int) -> Callable:
 
 
 @pytest.mark.parametrize("number", [8, pytest.param(600, marks=pytest.mark.slow)])
-def test_any_options_end_well_or_in_one_line(cbq, capsys, tiny_llama_folder, text, number) -> None:
+def test_any_options_end_well_or_in_one_line(check, tiny_llama_folder, text, number) -> None:
     base = ("model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={text}", *BASE)
 
     @fuzz(number)
     @given(command_lines)
     def run(drawn: list[str]) -> None:
-        check(cbq, capsys, [*base, *drawn])
+        check([*base, *drawn])
 
     run()
 
@@ -263,7 +271,7 @@ other_values = st.one_of(
 
 @pytest.mark.parametrize("number", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", OTHER_OPTIONS)
-def test_any_options_of_other_commands(cbq, capsys, tmp_path, finished, text, command, number) -> None:
+def test_any_options_of_other_commands(check, tmp_path, finished, text, command, number) -> None:
     base = {
         "evaluate": (f"checkpoint={finished}", f"evaluation.text_path={text}", "evaluation.segment_tokens=32"),
         "generate": (str(finished), "prompt=a", "max_tokens=1"),
@@ -276,6 +284,6 @@ def test_any_options_of_other_commands(cbq, capsys, tmp_path, finished, text, co
     @given(st.lists(st.one_of(option, option, option, option, nonsense), min_size=1, max_size=3))
     def run(drawn: list[str]) -> None:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        check(cbq, capsys, [command, *base, *drawn])
+        check([command, *base, *drawn])
 
     run()
