@@ -53,6 +53,7 @@ def count_writes(die_at: int, counted: Path) -> None:
 
 def child(order: dict) -> None:
     """Do what an order says, and end the process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: a job in the background ignores it
     descriptor = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

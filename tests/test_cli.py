@@ -109,6 +109,7 @@ def small(tiny_llama_folder) -> list[str]:
         (["tracking.mode=loud"], "offline, online, disabled"),
         (["verbosity=loud"], "verbosity must be one of quiet, normal, verbose"),
         (["seed=-1"], "seed must be an integer"),
+        (["reconstruction.seed=%"], "seed must be an integer"),
         (["overwrite=no"], "overwrite must be true or false, got 'no'"),
         (["reconstruction.restart=no"], "reconstruction.restart must be true or false"),
         (["model=hf", "model.path=x/y", "model.trust_remote_code=no"], "model.trust_remote_code must be true or false"),

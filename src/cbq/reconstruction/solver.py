@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cbq.activations import ActivationCache
-from cbq.errors import InputError, check_flag, check_number
+from cbq.errors import InputError, check_flag, check_number, check_seed
 from cbq.models.families import find_family
 from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import QuantLinear, quant_linears
@@ -115,6 +115,7 @@ class Reconstruction(WindowSolver):
             check_number(key, value)
         check_flag("reconstruction.restart", restart)
         check_flag("reconstruction.keep_best", keep_best)
+        check_seed("seed", seed)
         check_compile(compile)
         check_parts(rounding, step_size, scaling, start, descent)
         if learning_rates.norm and (scaling is not None or homologous_weight or restart):
