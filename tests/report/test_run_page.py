@@ -19,6 +19,7 @@ from rich.console import Console
 from tiny_models import add_outliers_, tiny_model, token_ids
 
 from cbq.cli import conf_dir, flatten
+from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys
 from cbq.errors import InputError
 from cbq.preprocess.cfp import CoarseToFine
 from cbq.preprocess.none import NoPreprocessing
@@ -308,20 +309,48 @@ def test_weights_on_the_grid_by_hand():
     assert found["integers"] == [int((linear.integers() == integer).sum()) for integer in range(4)]
 
 
-def test_the_printed_command_composes_the_same_configuration():
-    """Of a run with overrides of every kind of value."""
-    words = ["model=pico", "quant=w4a4", "preprocess=cfp", "rounding=lora_ste", "calibration.num_segments=7", "seed=3"]
-    words += ["cbd.window=4", "cbd.overlap=2", "evaluation.tasks=[piqa,ethics]", "evaluation.cache_dir='a b'"]
-    words += ["'quant.overrides=[{linears: \".*down_proj\", weight_bits: 8}]'".strip("'"), "reconstruction.epochs=2"]
+ANY_VALUES = [
+    *("model=pico", "quant=w4a4", "preprocess=cfp", "rounding=lora_ste", "calibration.num_segments=7", "seed=3"),
+    *("cbd.window=4", "cbd.overlap=2", "evaluation.tasks=[piqa,ethics]", "evaluation.cache_dir='a b'"),
+    *('quant.overrides=[{linears: ".*down_proj", weight_bits: 8}]', "reconstruction.epochs=2"),
+]
+METHODS = sorted(path.stem for path in (Path(conf_dir()) / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ANY_VALUES,
+            [],
+            ["reconstruction=none"],
+            ["experiment=table3a_cfp"],
+            ["experiment=table2_w2a16_gptq", "seed=1"],
+        ),
+        *([f"method={name}", "debug=fast"] for name in METHODS),
+    ],
+    ids=lambda words: "-".join(words[:1]),
+)
+def test_the_printed_command_composes_the_same_configuration(words):
+    """And is one that the program takes: it refuses a group that nothing reads."""
     with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("config", overrides=words, return_hydra_config=True)
+        choices = {key: value for key, value in config.hydra.runtime.choices.items() if "/" not in key and value}
         config = compose("config", overrides=words)
-        settings = flatten(config) | {"model": "pico", "quant": "w4a4", "preprocess": "cfp", "rounding": "lora_ste"}
+        settings = {key: value for key, value in (flatten(config) | choices).items() if key not in NOT_SETTINGS}
         environment = {"git_commit": "abc-dirty", "cbq": "0.1"}
-        text = reproduce({"settings": settings, "environment": environment, "seed": 3})
-        first, command = text.replace("\\\n", " ").splitlines()
+        results = {"settings": settings, "environment": environment, "seed": config.seed, "overrides": words}
+        first, command = reproduce(results).replace("\\\n", " ").splitlines()
         assert first == "git checkout abc  # and the changes that were not committed"
-        assert shlex.split(command)[:2] == ["python", "run.py"]
-        again = compose("config", overrides=shlex.split(command)[2:])
-    drop = ("runner",)
-    plain = [OmegaConf.to_container(each, resolve=False) for each in (config, again)]
-    assert {k: v for k, v in plain[0].items() if k not in drop} == {k: v for k, v in plain[1].items() if k not in drop}
+        typed = shlex.split(command)
+        assert typed[:2] == ["python", "run.py"]
+        again = compose("config", overrides=typed[2:])
+    check_keys(again)
+    check_combination(again, typed[2:])
+    assert OmegaConf.to_container(again, resolve=False) == OmegaConf.to_container(config, resolve=False)
+
+
+def test_a_run_that_does_not_say_what_was_typed_has_no_command():
+    lines = reproduce({"settings": {}, "environment": {"git_commit": None, "cbq": "0.1"}}).splitlines()
+    assert lines[0] == "pip install cbq==0.1"
+    assert all(line.startswith("#") for line in lines[1:])
