@@ -6,10 +6,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+import yaml
 
 from cbq.errors import InputError
+from cbq.export.card import card
 from cbq.export.compressed_tensors import CompressedTensors
 from cbq.export.gptq import AutoRound
+from cbq.export.size import Size
 from cbq.export.targets import AutoRound as AutoRoundTarget
 from cbq.export.targets import Transformers
 from cbq.exporter import Disagreement, Export, NoExport, engine_device
@@ -22,7 +25,9 @@ from cbq.quantized import make_quantizable_
 from cbq.results import SCHEMA_PATH
 
 RESULTS = {
-    "model": "tiny",
+    "model": "llama2_7b",
+    "settings": {"model.path": "meta-llama/Llama-2-7b-hf"},
+    "fingerprint": {"model": "5f2c", "revision": "01c7f73d"},
     "scheme": "W4A16",
     "method": "rtn",
     "protocol": {"calibration": {"name": "c4", "num_segments": 128, "segment_tokens": 2048}},
@@ -53,11 +58,38 @@ def test_an_export_is_proved_and_described(loaded, tmp_path, capsys):
     assert found["bytes"] / found["bf16_bytes"] < 0.30
     assert "differ from those of cbq by 0 at most" in capsys.readouterr().out
     card = (tmp_path / "export" / "README.md").read_text()
-    said = ("tiny W4A16", "rtn", "128 segments of 2048 tokens of c4", "| wikitext2 | 5 | - | 5.5 |", "from_pretrained")
+    said = (
+        "llama2_7b W4A16",
+        "rtn",
+        "128 segments of 2048 tokens of c4",
+        "| wikitext2 | 5 | - | 5.5 |",
+        "from_pretrained",
+    )
     for words in said:
         assert words in card
+    assert "- Base model: llama2_7b, meta-llama/Llama-2-7b-hf, commit 01c7f73d\n" in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "meta-llama/Llama-2-7b-hf"
     assert [path.name for path in tmp_path.iterdir()] == ["export"], "nothing else is left"
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.path": "/home/secret/models/llama-2-7b/"}, "mine, llama-2-7b"),
+        ({"model.path": "~/secret/mine"}, "mine"),
+        ({"model.path": "secret/llama-2-7b"}, "mine, llama-2-7b"),
+        ({}, "mine"),
+    ],
+    ids=["absolute", "home", "relative", "embedded"],
+)
+def test_a_card_names_no_folder_of_the_users_machine(settings, said):
+    """What has no commit of the hub was loaded from a folder."""
+    results = RESULTS | {"model": "mine", "settings": settings, "fingerprint": {"model": "5f2c", "revision": None}}
+    text = card(results, {"a": QuantScheme(4, 16)}, Size(1, 2, 3), [], "", [])
+    assert f"- Base model: {said}\n" in text
+    assert "secret" not in text
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
 
 
 def test_a_disagreement_keeps_nothing(loaded, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -338,3 +339,53 @@ def test_ranges_that_an_engine_does_not_keep_are_refused_before_any_work(tmp_pat
     with pytest.raises(InputError, match=r"preprocess\.activations must be false"):
         run(tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+class Work(Exception):
+    """Hours of it would begin here."""
+
+
+@pytest.fixture
+def check_export(tmp_path, on_tiny_llama, monkeypatch):
+    """Return a function that runs an export of W4A4 without a target until work begins."""
+
+    def work(*args):
+        raise Work
+
+    monkeypatch.setattr("cbq.evaluation.evaluation.Evaluation.score", work)
+    monkeypatch.setattr("cbq.reconstruction.window_solver.WindowSolver.solve", work)
+    return partial(
+        run, tmp_path / "run", *on_tiny_llama, "evaluation.corpora=[]", "quant=w4a4", "export=compressed_tensors"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["method=rtn", "preprocess=omse"],
+        ["method=rtn", "preprocess=cfp_omse", "preprocess.steps.clip.activations=true"],
+        ["export=autoround", "quant=w4a16"],
+    ],
+    ids=["learned S_X", "omse", "a step of a chain", "float32 scales in the GPTQ layout"],
+)
+def test_what_could_never_be_exported_is_refused_before_any_work(check_export, tmp_path, overrides):
+    with pytest.raises(InputError, match=r"which no engine does: .* target=transformers|quant\.scale_dtype=float16"):
+        check_export(*overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=rtn"],
+        ["method=gptq"],
+        ["reconstruction.learning_rates.act_scale=0", "preprocess=omse_weight"],
+        ["quant.act_granularity=tensor", "preprocess=omse"],
+        ["quant=w4a16", "quant.symmetric=true", "preprocess=omse"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_ranges_that_an_engine_computes_are_not_refused(check_export, overrides):
+    with pytest.raises(Work):
+        check_export(*overrides)

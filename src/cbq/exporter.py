@@ -36,7 +36,7 @@ class Disagreement(RuntimeError):
 class NoExport:
     """Writes nothing."""
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, act_ranges_change: bool = False) -> None:
         """Refuse nothing."""
 
     def remember(self, model: PreTrainedModel, load_full_precision: Callable[[], LoadedModel]) -> None:
@@ -79,18 +79,19 @@ class Export:
         self.unknown = "it was not measured"  # why, where full precision is None
         self.console = Console(highlight=False)
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, act_ranges_change: bool = False) -> None:
         """Refuse what the format has no place for, before any work is done.
 
         Args:
             model: its blocks' linears either made quantizable, or fused.
+            act_ranges_change: see `Format.check`.
 
         Raises:
             InputError: the model does not fit, or the folder is there already.
         """
         if self.out is not None:
             check_free(expanded(self.out))
-        self.format.check(model)
+        self.format.check(model, act_ranges_change)
 
     def remember(self, model: PreTrainedModel, load_full_precision: Callable[[], LoadedModel]) -> None:
         """Keep what full precision computes of the held-out text, where the proof will need it.

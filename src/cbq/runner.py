@@ -190,7 +190,7 @@ class Runner:
         identity |= {"model": fingerprint(loaded.model), "calibration": described["sha256"]}
         make_quantizable_(loaded.model, loaded.blocks, self.scheme)
         self.target.check(quantized_schemes(loaded.model))
-        self.export.check(loaded.model)
+        self.export.check(loaded.model, self.solver.learns_act_scale or self.preprocess.clips_act_ranges(loaded.blocks))
         self.preprocess.check(loaded.blocks)
         self.offload = place_(loaded.model, self.device, self.offload)
         check_computes(loaded.model, loaded.blocks, segments)

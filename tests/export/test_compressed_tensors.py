@@ -162,6 +162,8 @@ def test_a_multiplier_of_activations_is_refused(finished, tmp_path):
     with pytest.raises(InputError, match=r"multiplies the range of its activations by .* target=transformers"):
         CompressedTensors().write(loaded.model, loaded.tokenizer, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+    with pytest.raises(InputError, match=r"multiplies the range of its activations by 0\."):
+        CompressedTensors().check(loaded.model)  # before full precision is loaded and measured
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from tiny_models import tiny_model
 from cbq.errors import InputError
 from cbq.models.families import get_blocks
 from cbq.preprocess.by_scheme import ByScheme
+from cbq.preprocess.clipping import SmallestError
+from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import quantize_linears_
 from cbq.quant.scheme import QuantScheme
@@ -46,6 +48,7 @@ def test_the_scheme_decides(scheme, activations):
     ByScheme(weights, both).check(blocks)
     assert (both if activations else weights).checked == [blocks]
     assert (weights if activations else both).checked == []
+    assert ByScheme(NoPreprocessing(), SmallestError()).clips_act_ranges(blocks) is activations
 
 
 def test_what_is_no_step():

@@ -1,6 +1,7 @@
 """The README.md of an export: what it is made of, what was measured, how it is loaded."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from cbq.export.size import Size
 from cbq.quant.scheme import QuantScheme
@@ -32,6 +33,26 @@ def perplexity_table(perplexity: Mapping[str, Mapping[str, float | None]]) -> li
     return lines
 
 
+def hub_id(results: Mapping) -> str | None:
+    """Return the hub id of the full-precision model; None: it is not from the hub, or not known. Only what is has a
+    commit, and its path is the id then."""
+    return results["settings"]["model.path"] if results.get("fingerprint", {}).get("revision") else None
+
+
+def base_model(results: Mapping) -> str:
+    """Return what the full-precision model is, in words: of a folder the last part, the rest is nobody's business.
+
+    Example:
+        >>> base_model({"model": "mine", "settings": {"model.path": "/home/me/llama-2-7b"}})
+        'mine, llama-2-7b'
+    """
+    if name := hub_id(results):
+        source = [name, f"commit {results['fingerprint']['revision']}"]
+    else:
+        source = [Path(results.get("settings", {}).get("model.path") or "").name]
+    return ", ".join(dict.fromkeys(part for part in (results["model"], *source) if part))
+
+
 def card(
     results: Mapping,
     schemes: Mapping[str, QuantScheme],
@@ -54,10 +75,10 @@ def card(
     for scheme in schemes.values():
         counts[describe(scheme)] = counts.get(describe(scheme), 0) + 1
     title = " ".join(str(results[key]) for key in ("model", "scheme") if key in results) or "Quantized model"
-    lines = ["---", "tags: [quantized, cbq]", "---", "", f"# {title}", ""]
-    made = [
-        f"- {label}: {results[key]}" for key, label in (("model", "Base model"), ("method", "Method")) if key in results
-    ]
+    known = [f"base_model: {name}", "base_model_relation: quantized"] if (name := hub_id(results)) else []
+    lines = ["---", *known, "tags: [quantized, cbq]", "---", "", f"# {title}", ""]
+    made = [f"- Base model: {base_model(results)}"] if "model" in results else []
+    made += [f"- Method: {results['method']}"] if "method" in results else []
     calibration = results.get("protocol", {}).get("calibration")
     if calibration:
         made.append(

@@ -79,8 +79,8 @@ class CompressedTensors(Format):
                 f"computes: quant.weight_bits=8, or quant.act_bits={FULL_PRECISION_BITS}"
             )
 
-    def check(self, model: PreTrainedModel) -> None:
-        super().check(model)
+    def check(self, model: PreTrainedModel, act_ranges_change: bool = False) -> None:
+        super().check(model, act_ranges_change)
         schemes = quantized_schemes(model)
         if needs_dequantize(schemes) and any(scheme.quantizes_activations for scheme in schemes.values()):
             raise InputError(

@@ -29,11 +29,12 @@ class Format(ABC):
     name: str
     engine: str
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, act_ranges_change: bool = False) -> None:
         """Refuse a model that the format has no place for.
 
         Args:
             model: its blocks' linears either made quantizable, or fused.
+            act_ranges_change: what is still to be done to the model may learn or clip ranges of activations.
 
         Raises:
             InputError: it has none.
@@ -59,7 +60,9 @@ class Format(ABC):
                 "quant.act_granularity=tensor"
             )
         for name in quantized:
-            self.check_linear(name, model.get_submodule(name))
+            linear = model.get_submodule(name)
+            self.check_linear(name, linear)
+            check_multiplier(name, linear, act_ranges_change)
         self.quantization_config(quantized, other_linears(model, quantized))
 
     @abstractmethod
@@ -115,13 +118,11 @@ class Format(ABC):
             folder: a Hugging Face folder afterwards.
 
         Raises:
-            InputError: see `check`; or an activation has a learned multiplier, which no engine has.
+            InputError: see `check`.
         """
         self.check(model)
         linears = dict(fused_linears(model))
         quantized = {name: linear for name, linear in linears.items() if linear.scheme.is_quantized}
-        for name, linear in quantized.items():
-            check_multiplier(name, linear)
         left_out = {f"{name}.{part}" for name in linears for part in NOT_STORED} | {
             f"{name}.weight" for name in quantized
         }
@@ -160,19 +161,25 @@ def other_linears(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> list[
     return [name for name, module in model.named_modules() if isinstance(module, kinds) and name not in schemes]
 
 
-def check_multiplier(name: str, linear: FusedLinear) -> None:
+def check_multiplier(name: str, linear: QuantLinear | FusedLinear, changes: bool) -> None:
     """Refuse a range of activations that an engine, which finds it anew for each token, does not compute.
 
+    Args:
+        name: of the linear.
+        linear: quantized.
+        changes: the range is still to be learned or clipped, where the linear's quantizer has a multiplier.
+
     Raises:
-        InputError: a dynamic range has a multiplier.
+        InputError: a dynamic range has a multiplier, or will have one.
     """
     quantizer = linear.act_quantizer
-    if quantizer is None or not found_anew(linear.scheme):
+    if quantizer is None or not quantizer.has_multiplier or not found_anew(linear.scheme):
         return
     multiplier = (quantizer.clip_ratio * quantizer.range_multiplier).item()
-    if multiplier != 1:
+    if changes or multiplier != 1:
+        factor = "a factor that is learned or found on the calibration data" if changes else f"{multiplier:.4g}"
         raise InputError(
-            f"{name} multiplies the range of its activations by {multiplier:.4g}, which no engine does: "
+            f"{name} multiplies the range of its activations by {factor}, which no engine does: "
             "quantize with target=transformers or target=vllm"
         )
 

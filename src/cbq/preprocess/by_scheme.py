@@ -30,6 +30,9 @@ class ByScheme(Preprocessing):
     def check(self, blocks: nn.ModuleList) -> None:
         self.step(blocks).check(blocks)
 
+    def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
+        return self.step(blocks).clips_act_ranges(blocks)
+
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights, or the ranges of their quantizers.
 

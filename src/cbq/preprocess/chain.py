@@ -32,6 +32,9 @@ class Chain(Preprocessing):
         for step in self.steps:
             step.check(blocks)
 
+    def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
+        return any(step.clips_act_ranges(blocks) for step in self.steps)
+
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights and the ranges of their quantizers.
 

@@ -103,6 +103,9 @@ class Clipping(Preprocessing):
                 "cover the whole range of each token"
             )
 
+    def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
+        return self.activations
+
     @torch.no_grad()
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the ranges of the blocks' quantizers.

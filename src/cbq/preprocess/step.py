@@ -22,6 +22,11 @@ class Preprocessing(ABC):
         """
         return
 
+    def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
+        """Return whether `apply_` may make the quantizers of activations of the blocks, made quantizable, cover less
+        than the whole range: by default not."""
+        return False
+
     @abstractmethod
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights, or the ranges of their quantizers.

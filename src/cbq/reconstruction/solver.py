@@ -127,6 +127,7 @@ class Reconstruction(WindowSolver):
         super().__init__(loss)
         self.rounding = rounding
         self.learning_rates = learning_rates
+        self.learns_act_scale = learning_rates.act_scale != 0
         self.step_size = step_size
         self.scaling = scaling
         self.start = start

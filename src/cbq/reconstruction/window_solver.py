@@ -50,9 +50,11 @@ class WindowSolver(ABC):
 
     Attributes:
         num_streams: of hidden states that are kept at one time.
+        learns_act_scale: whether it learns S_X.
     """
 
     num_streams = 2
+    learns_act_scale = False
 
     def __init__(self, loss: ReconstructionLoss) -> None:
         self.loss = loss
