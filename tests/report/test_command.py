@@ -26,7 +26,7 @@ def test_four_files_and_a_table(cbq, result, tmp_path, monkeypatch):
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     for name, value in (("table15_cfp", 16.5), ("table15_cbd", 16.25)):
-        write_results(folder / name, result(value, experiment=name))
+        write_results(folder / name, result(value, experiment=name, rounding="dense_ste"))
     for words in (["report", str(folder)], ["report", str(folder)]):  # again: the same
         code, output, error = cbq(*words)
         assert (code, error) == (0, "")
@@ -39,6 +39,8 @@ def test_four_files_and_a_table(cbq, result, tmp_path, monkeypatch):
     }
     assert "| cfp | 16.50 |" in (folder / "report.md").read_text()
     assert "Commit abc" in (folder / "report.html").read_text()
+    for name, said in (("md", "dense_ste"), ("html", "dense_ste"), ("tex", r"dense\_ste")):
+        assert f"In all rows: rounding={said}." in (folder / f"report.{name}").read_text()
     assert not list(elsewhere.iterdir())
 
 

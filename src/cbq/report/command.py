@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cbq.errors import InputError
+from cbq.report.common import common_lines
 from cbq.report.observer import FOLDER_NAME
 from cbq.report.page import Figure, Section, render
 from cbq.report.paper import CAVEAT
@@ -83,23 +84,24 @@ class SweepReport:
     def _write(self, table: SweepTable, notes: Sequence[str]) -> None:
         picture = self.folder / NAMES["plot"]
         drawn = plot(table, picture)
-        text = markdown(table) + "".join(f"\n{note}\n" for note in notes)
+        text = markdown(table, notes)
         text += f"\n![perplexity over time]({NAMES['plot']})\n" if drawn else ""
         for name, content in (
             ("markdown", text),
             ("html", self._page(table, notes)),
-            ("latex", latex(table)),
+            ("latex", latex(table, notes)),
         ):
             (self.folder / NAMES[name]).write_text(content, encoding="utf-8")
 
 
 def describe(runs: Sequence[dict], table: SweepTable) -> list[str]:
-    """Return what a reader has to know of the numbers: seeds, commits and machines."""
+    """Return what a reader has to know of the numbers: what was done, seeds, commits and machines."""
     environments = [run["environment"] for run in runs]
     commits = sorted({str(each["git_commit"] or each["cbq"])[:12] for each in environments})
     devices = sorted({each["device_name"] or f"{each['device']}, {each['cores']} cores" for each in environments})
     seeds = "one seed" if table.seeds == 1 else f"mean (range) over up to {table.seeds} seeds"
     return [
+        *common_lines(runs, table.labels),
         f"Perplexity, lower is better, and scores of tasks in percent, higher is better: {seeds}; the best of a column "
         "and scheme in bold. Seconds are reconstruction's, GiB the peak.",
         f"Commit {', '.join(commits)}; {', '.join(devices)}.",

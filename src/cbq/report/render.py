@@ -1,6 +1,7 @@
 """A sweep's table as Markdown, LaTeX and for a page: the best of a column and scheme in bold."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -54,20 +55,32 @@ def digits(column: tuple[str, str]) -> int:
     return 0 if column[1] == SECONDS else 2
 
 
-def markdown(table: SweepTable) -> str:
-    """Return a table of GitHub's Markdown."""
+def markdown(table: SweepTable, notes: Sequence[str] = ()) -> str:
+    """Return a table of GitHub's Markdown, and a paragraph a note below it."""
     headings, rows = grid(table, lambda text: f"**{text}**", lambda text: text.replace("|", "\\|"))
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return text + "".join(f"\n{escape_markdown(note)}\n" for note in notes)
 
 
-def latex(table: SweepTable) -> str:
-    """Return a `tabular` for the package booktabs."""
+def escape_markdown(text: str) -> str:
+    r"""Return text that Markdown shows as it is; an underscore inside a word is one already.
+
+    Example:
+        >>> print(escape_markdown("W2A16*: dense_ste"))
+        W2A16\*: dense_ste
+    """
+    return re.sub(r"[\\*`<]|\b_|_\b", r"\\\g<0>", text)
+
+
+def latex(table: SweepTable, notes: Sequence[str] = ()) -> str:
+    """Return a `tabular` for the package booktabs, and a paragraph a note below it."""
     headings, rows = grid(table, lambda text: rf"\textbf{{{text}}}", escape_latex)
     style = pd.DataFrame(rows, columns=pd.Index(headings)).style.hide(axis="index")
-    return style.to_latex(
+    text = style.to_latex(
         hrules=True, column_format="l" * len(table.labels) + "r" * (len(headings) - len(table.labels))
     )
+    return text + "".join(f"\n{{\\footnotesize {escape_latex(note)}\\par}}\n" for note in notes)
 
 
 def escape_latex(text: str) -> str:

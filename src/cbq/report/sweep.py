@@ -196,7 +196,7 @@ def telling(runs: Sequence[dict]) -> list[str]:
         ['rounding']
     """
     keys = dict.fromkeys(key for run in runs for key in run["settings"])
-    keys = [key for key in keys if key not in NOT_A_ROW and key.partition(".")[0] not in NOT_A_ROW]
+    keys = list(filter(tells_rows, keys))
     told: list[str] = []
     for key in sorted(keys, key=lambda key: (*(key != first for first in FIRST), "." in key)):
         values: dict[tuple[str, ...], set[str]] = {}
@@ -206,6 +206,16 @@ def telling(runs: Sequence[dict]) -> list[str]:
         if any(len(each) > 1 for each in values.values()):
             told.append(key)
     return told
+
+
+def tells_rows(key: str) -> bool:
+    """Return whether a setting may tell rows apart.
+
+    Example:
+        >>> tells_rows("cbd.window"), tells_rows("tracking.mode")
+        (True, False)
+    """
+    return key not in NOT_A_ROW and key.partition(".")[0] not in NOT_A_ROW
 
 
 def value_columns(runs: Sequence[dict]) -> list[tuple[str, str]]:
