@@ -80,7 +80,7 @@ def scheme(run: Mapping) -> str:
 def calibration(run: Mapping) -> str:
     """Return what a run is calibrated on."""
     settings = run["settings"]
-    if "calibration.num_segments" not in settings:
+    if not {"calibration", "calibration.num_segments", "calibration.segment_tokens"} <= settings.keys():
         return ""
     size = f"{settings['calibration.num_segments']} x {settings['calibration.segment_tokens']} tokens"
     return f"Calibration on {size} of {settings['calibration']}"
@@ -89,7 +89,8 @@ def calibration(run: Mapping) -> str:
 def evaluation(run: Mapping) -> str:
     """Return how perplexity is measured, if it is."""
     settings = run["settings"]
-    if not (settings.get("evaluation.corpora") or settings.get("evaluation.text_path")):
+    measures = settings.get("evaluation.corpora") or settings.get("evaluation.text_path")
+    if not measures or "evaluation.segment_tokens" not in settings:
         return ""
     stride = settings.get("evaluation.stride")
     overlap = "without overlap" if stride is None else f"a new one every {stride}"

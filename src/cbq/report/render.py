@@ -1,7 +1,8 @@
 """A sweep's table as Markdown, LaTeX and for a page: the best of a column and scheme in bold."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import quote
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -95,6 +96,27 @@ def escape_latex(text: str) -> str:
 
 
 def html_cells(table: SweepTable) -> pd.DataFrame:
-    """Return the table for a page, its cells escaped."""
+    """Return the table for a page, its cells escaped, with links to the pages of the runs that have one."""
     headings, rows = grid(table, lambda text: Markup("<b>{}</b>").format(text), escape)
+    links = {row: links_of(by_model) for row, by_model in table.pages.items()}
+    if any(links.values()):
+        headings.append("page of seed")
+        first = [""] * (len(rows) - len(table.rows))  # full precision
+        for cells, link in zip(rows, [*first, *(links.get(row, "") for row in table.rows)], strict=True):
+            cells.append(link)
     return pd.DataFrame(rows, columns=pd.Index(headings), dtype=object)
+
+
+def links_of(by_model: Mapping[str, Sequence[tuple[str, str]]]) -> Markup:
+    """Return a row's links to pages, a line a model, which is named where there are several.
+
+    Example:
+        >>> print(links_of({"pico": [("0", "a=1,seed=0/report.html")]}))
+        <a href="a%3D1%2Cseed%3D0/report.html">0</a>
+    """
+    lines = []
+    for model, pages in by_model.items():
+        links = [Markup('<a href="{}">{}</a>').format(quote(path), seed) for seed, path in pages]
+        if links:
+            lines.append(escape(f"{model} " if len(by_model) > 1 else "") + Markup("&ensp;").join(links))
+    return Markup("<br>").join(lines)
