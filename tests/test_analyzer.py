@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import hydra
@@ -10,7 +11,7 @@ import torch
 from hydra.utils import get_object
 
 from cbq.analyzer import Analyzer
-from cbq.cli import conf_dir
+from cbq.cli import conf_dir, main
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,19 @@ def test_the_suggestion_runs_as_it_is_printed(command, data, analysis, tmp_path)
         (["figure.linear=blocks.0.mlp.up"], "is the name of no linear"),
         (["figure.row=2"], "did you mean figure.rows?"),
         (["figur=null"], "figur"),
+        (["figure.points=1000000000000"], "figure.points must be at most 100"),
         (["quant=w2a16_star"], "cbq analyze suggests quant.overrides: leave them out"),
         (["quant.weight_bits=16"], "quant.weight_bits must be below 16"),
         (["quant.qkv_bits=4"], "quant.qkv_bits must be 16"),
         (["calibration.segment_tokens=1"], "calibration.segment_tokens must be at least 2"),
         (["seed=-1"], "seed must be"),
+        (["scan=2.5"], "scan must be null (without it), or have options of its own, got 2.5"),
+        (["scan=embedded"], "scan must be null (without it), or have options of its own, got 'embedded'"),
+        (["figure=true"], "figure must be null (without it), or have options of its own, got True"),
+        (["figure=[1]"], "Error merging override figure=[1]"),
+        (["figure._target_=cbq.nothing"], "figure._target_ cannot be used"),
+        (["scan._target_=torch.nn.Identity"], "scan must be null (without it), or have options of its own"),
+        (["+scan.bit=3"], "unknown option 'scan.bit': it must be one of bits, budget"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -93,6 +102,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, data, words, said, tm
     assert said in errors
     assert errors.count("\n") == 1
     assert not folder.exists()
+
+
+def test_a_refused_analysis_leaves_no_dated_folder(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cbq", "analyze", *data, "scan=3"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_too_large_for_the_device_is_one_line(command, data, tmp_path, capsys, monkeypatch):

@@ -184,6 +184,12 @@ def test_without_scores_of_full_precision_it_is_compared_all_the_same(tmp_path, 
     assert found["agreement"]["text"]["kl_divergence"] > 0
 
 
+def test_a_model_that_is_none(tmp_path):
+    """As `cbq evaluate <folder> +model.name=x` makes it."""
+    with pytest.raises(InputError, match=r"model=<name> chooses a model, got \{'name': 'x'\}"):
+        Evaluator({"name": "x"}, str(tmp_path), Evaluation([], 64), tmp_path, {})
+
+
 def test_nothing_to_evaluate(tmp_path):
     with pytest.raises(InputError, match="give checkpoint=<folder>, model=<name>, or both"):
         Evaluator(None, None, Evaluation([], 64), tmp_path, {})

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,6 +97,28 @@ def test_a_module_in_the_folder_of_somebody_else_is_not_run(tmp_path):
     with pytest.raises(InputError, match="does not run again: it ended with code 2"):
         Reproduction(str(folder)).run()
     assert not (tmp_path / "planted").exists()
+
+
+def test_a_run_with_an_export_elsewhere_is_reproduced(command, tiny_llama_folder, tmp_path, monkeypatch):
+    """The copy's export is in its own folder: that of the run is there already, and stays as it is."""
+    run, out = tmp_path / "run", tmp_path / "for vllm"
+    words = [
+        *("model=hf", f"model.path={tiny_llama_folder}", "quant=w4a16", "target=transformers", "reconstruction=none"),
+        *("calibration=embedded", "calibration.num_segments=2", "calibration.segment_tokens=32", "evaluation=none"),
+        *("tracking.mode=disabled", "report=none", "export=compressed_tensors", "export.verify=false"),
+    ]
+    assert command(*words, f"++export.out={quote(str(out))}", f"hydra.run.dir={run}") == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+
+    def in_this_process(words: list[str], cwd: Path, env: dict, check: bool) -> SimpleNamespace:
+        assert words[:3] == [sys.executable, "-m", "cbq"]
+        return SimpleNamespace(returncode=command(*words[3:]))
+
+    monkeypatch.setattr("cbq.cli.reproduce.subprocess", SimpleNamespace(run=in_this_process))
+    assert Reproduction(str(run)).run() == []
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    copy = run / "reproduced" / "export"
+    assert {path.name for path in copy.iterdir()} == {path.name for path in out.iterdir()}
 
 
 def test_only_what_is_finished_is_reproduced(tmp_path):

@@ -68,6 +68,9 @@ class Analyzer:
         check_seed("seed", seed)
         if not callable(load_model):
             raise InputError(f"nothing to analyze: model=<name> chooses a model, got {load_model!r}")
+        for key, part, kind in (("figure", figure, Figure1), ("scan", scan, MixedBits)):
+            if not isinstance(part, kind | None):
+                raise InputError(f"{key} must be null (without it), or have options of its own, got {part!r}")
         if figure is None and scan is None:
             raise InputError("nothing to analyze: figure and scan are both null")
         if not scheme.quantizes_weights:

@@ -48,6 +48,8 @@ class Evaluator:
         check_offload(offload)
         if load_model is None and checkpoint is None:
             raise InputError("nothing to evaluate: give checkpoint=<folder>, model=<name>, or both to compare them")
+        if load_model is not None and not callable(load_model):
+            raise InputError(f"model=<name> chooses a model, got {load_model!r}")
         self.load_model = load_model
         self.checkpoint = checkpoint
         self.checkpoint_folder = checkpoint and find_any(checkpoint)  # now: the other model may take hours

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from cbq.analyzer import Analyzer
 from cbq.api import quantize
 from cbq.checkpoint import save_checkpoint
 from cbq.cli import conf_dir, main
@@ -34,6 +35,7 @@ BASE = (
     "cbd.window=4",
 )
 MOST_STEPS, MOST_SEGMENTS, MOST_CANDIDATES = 8, 4, 40  # what is more is composed and tried, but not run
+MOST_TOKENS, MOST_WIDTHS = 64, 2  # likewise, of an analysis
 # What any option may be given: as it should be, of another type, out of range, or no value at all.
 VALUES = (
     *("0", "1", "2", "3", "4", "8", "16", "32", "64", "128", "-1", "-7", "0.5", "1e-3", "1.0", "99.9", "0x10", "1_000"),
@@ -87,7 +89,6 @@ NO_VALUES = (
     "\x00",
     "a\nb",
 )
-COMMANDS = ("evaluate", "export", "generate", "report")
 
 
 def leaves(node: DictConfig, prefix: str) -> Iterator[tuple[str, str]]:
@@ -157,6 +158,17 @@ def prepare_only(runner: Runner, prepared: tuple) -> tuple:
     return prepared
 
 
+def analyze_little(analyzer: Analyzer, prepared: tuple) -> tuple:
+    """Hand on what `prepare` of an analysis gave, unless the rest would take longer than a test may."""
+    loaded, segments = prepared
+    figure, scan = analyzer.figure, analyzer.scan
+    work = [figure.num_rows * figure.num_columns, len(figure.multipliers), *figure.bits] if figure else []
+    much = max(work, default=0) > MOST_STEPS or max(len(part.bits) for part in (figure, scan) if part) > MOST_WIDTHS
+    if much or segments.numel() > MOST_TOKENS or len(loaded.blocks) > MOST_SEGMENTS:
+        raise Enough(0)
+    return prepared
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory, tiny_text_file: Path) -> Path:
     path = tmp_path_factory.mktemp("text") / "short.txt"
@@ -182,6 +194,8 @@ def cbq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     with pytest.MonkeyPatch.context() as patch:
         whole = Runner.prepare
         patch.setattr(Runner, "prepare", lambda runner: prepare_only(runner, whole(runner)))
+        analysis = Analyzer.prepare
+        patch.setattr(Analyzer, "prepare", lambda analyzer: analyze_little(analyzer, analysis(analyzer)))
         patch.setattr("cbq.runner.generate_text", lambda model, tokenizer, prompt: prompt)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
@@ -263,20 +277,34 @@ OTHER_OPTIONS = {
     "generate": ("prompt", "max_tokens", "temperature", "seed", "compare", "checkpoint", "command.seed"),
     "export": ("export", "export.out", "export.verify", "export.verify_segments", "checkpoint", "export.format"),
     "report": ("folder", "seed"),
+    "analyze": (
+        *("figure", "figure.bits", "figure.linear", "figure.rows", "figure.columns", "figure.points", "figure.lowest"),
+        *("figure.first_block", "scan", "scan.bits", "scan.budget", "quant", "quant.group_size", "model", "seed"),
+    ),
+    "runs": ("folder", "sort", "seed"),
+    "reproduce": ("folder", "out", "seed"),
 }
 other_values = st.one_of(
     any_value, st.sampled_from(("gptq", "autoround", "none", "pico", "w4a4", "[c4,c4]", "2", "1.5"))
-)
+).filter(lambda value: value.strip("'\"") != "/")  # a whole disk is not looked through in a test
 
 
 @pytest.mark.parametrize("number", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("command", OTHER_OPTIONS)
-def test_any_options_of_other_commands(check, tmp_path, finished, text, command, number) -> None:
+def test_any_options_of_other_commands(check, tmp_path, finished, tiny_llama_folder, text, command, number) -> None:
     base = {
         "evaluate": (f"checkpoint={finished}", f"evaluation.text_path={text}", "evaluation.segment_tokens=32"),
         "generate": (str(finished), "prompt=a", "max_tokens=1"),
         "export": (str(finished), f"export.out={tmp_path / 'out'}", "export.verify_segments=1"),
         "report": (str(finished),),
+        "analyze": (
+            *("model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={text}"),
+            *("calibration.num_segments=1", "calibration.segment_tokens=16", f"evaluation.text_path={text}"),
+            *("evaluation.segment_tokens=32", "figure.rows=2", "figure.columns=1", "figure.points=2"),
+            *("figure.bits=[4]", "scan.bits=[2,4]"),
+        ),
+        "runs": (str(finished),),
+        "reproduce": (str(finished),),
     }[command]
     option = st.builds("{}={}".format, st.sampled_from(OTHER_OPTIONS[command]), other_values)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cbq.errors import InputError
 from cbq.state import generations
-from cbq.state.generations import DamagedError, Generations
+from cbq.state.generations import DamagedError, Generations, OtherFormatError
+from cbq.state.run_state import RunState
 
 
 def tensors(value: int) -> dict[str, torch.Tensor]:
@@ -111,6 +113,23 @@ def test_a_manifest_cannot_name_files_elsewhere(store, tmp_path):
         generations.json.dumps({"hash": generations.hash_content(content), "content": content}),
     )
     check(store.folder, 2)
+
+
+def test_another_format_is_no_damage_and_stays(store):
+    """The one before it is not gone on from: the next commit would remove the newest."""
+    path = store.folder / "state.3.json"
+    content = generations.json.loads(path.read_text())["content"] | {"format_version": 2}
+    generations.write_text(
+        path, generations.json.dumps({"hash": generations.hash_content(content), "content": content})
+    )
+    before = {path: path.read_bytes() for path in store.folder.iterdir()}
+    with pytest.raises(OtherFormatError, match=r"state\.3\.json has format 2, this one reads 1"):
+        Generations(store.folder).find()
+    state = RunState(store.folder, None, print, {})
+    with pytest.raises(InputError, match=r"written by another version of cbq \(.*\): .* overwrite=true starts anew"):
+        state.find({}, wanted=True)
+    assert {path: path.read_bytes() for path in store.folder.iterdir()} == before
+    state.find({}, wanted=False)  # as with overwrite=true
 
 
 @pytest.mark.parametrize("failing", ["a", "c"])

@@ -26,6 +26,8 @@ from cbq.models.loading import LoadedModel
 from cbq.preprocess.statistics import set_act_ranges_
 from cbq.quant.scheme import QuantScheme
 
+MOST_POINTS = 100
+
 
 class Figure1:
     """Measures Figure 1 at several bit widths of the weights.
@@ -36,7 +38,7 @@ class Figure1:
         rows: how many output channels the weights are in, spread evenly.
         columns: how many input channels, likewise.
         first_block: of the two neighbours whose scales span the surface.
-        points: of the surface, an axis.
+        points: of the surface, an axis; at most 100: each pair of them is a pass over the segments.
         lowest: multiplier of the step sizes at the surface's one end; 1 is the range of the weights.
         highest: at its other end.
 
@@ -61,6 +63,8 @@ class Figure1:
             check_count(f"figure.{name}", value)
         if rows * columns < 2 or points < 2:
             raise InputError("figure needs two weights and figure.points of at least 2: there is nothing to compare")
+        if points > MOST_POINTS:
+            raise InputError(f"figure.points must be at most {MOST_POINTS}, got {points}")
         check_number("figure.lowest", lowest, least=0.05)
         check_number("figure.highest", highest, least=lowest)
         if isinstance(first_block, bool) or not isinstance(first_block, int) or first_block < 0:

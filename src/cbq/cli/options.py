@@ -62,9 +62,9 @@ def check_keys(config: DictConfig, config_name: str = "config") -> None:
     for node in sorted(NOT_OPTIONS - {"defaults", "hydra"}):
         if plain.get(node) != as_written.get(node):
             raise InputError(f"{node} is made of the other options, and is none itself: leave it out")
-    for group in groups:
-        if isinstance(config.get(group), DictConfig):
-            check_arguments(config[group], group)
+    for key in known:  # also parts that are no group, as analyze's
+        if isinstance(plain.get(key), dict):
+            check_arguments(config[key], key)
 
 
 def check_arguments(node: DictConfig, path: str) -> None:

@@ -52,7 +52,10 @@ class Reproduction:
         if not working_folder.is_dir():
             raise InputError(f"the run in {self.folder} was started in {working_folder}, which is not there")
         self.say_environment(then.get("environment") or {})
-        command = [sys.executable, "-m", "cbq", *typed, f"hydra.run.dir={quote(str(self.out))}"]
+        # An export beside its checkpoint, as all of the copy: where it was written then, there is one already.
+        elsewhere = any(word.partition("=")[0].lstrip("+") == "export.out" for word in typed)
+        own = [*(["export.out=null"] if elsewhere else []), f"hydra.run.dir={quote(str(self.out))}"]
+        command = [sys.executable, "-m", "cbq", *typed, *own]
         package = Path(cbq.__file__).resolve().parents[1]
         path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
         # Safe: where it was typed may be somebody else's folder, and hold modules of any name.

@@ -30,6 +30,10 @@ class DamagedError(Exception):
     """What is on disk is not what was written; the message says which file."""
 
 
+class OtherFormatError(Exception):
+    """What is on disk is whole, but another version of cbq wrote it; the message says which file."""
+
+
 @dataclass(frozen=True)
 class Generation:
     """One that is whole.
@@ -80,6 +84,7 @@ class Generations:
 
         Raises:
             DamagedError: there are some, and none is whole.
+            OtherFormatError: the newest that is whole is another version's. One before it would lose what was done.
         """
         self.current, self.damaged = None, []
         for number in self._numbers():
@@ -152,6 +157,7 @@ class Generations:
 
         Raises:
             DamagedError: one is not, or the manifest is not.
+            OtherFormatError: the manifest is whole, and of another format.
         """
         path = self.folder / f"state.{number}.json"
         try:
@@ -160,7 +166,9 @@ class Generations:
             if sealed["hash"] != hash_content(content):
                 raise DamagedError(f"{path} was changed")
             if content["format_version"] != FORMAT_VERSION:
-                raise DamagedError(f"{path} has format {content['format_version']}; this cbq reads {FORMAT_VERSION}")
+                raise OtherFormatError(
+                    f"{path} has format {content['format_version']}, this one reads {FORMAT_VERSION}"
+                )
             for entry in content["files"].values():
                 file = self.folder / entry["file"]
                 if not FILE_NAME.fullmatch(entry["file"]) or file.is_symlink():

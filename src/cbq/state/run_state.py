@@ -20,7 +20,7 @@ from cbq.reconstruction.result import WindowResult
 from cbq.reconstruction.window_solver import WindowSolver
 from cbq.reconstruction.windows import Window
 from cbq.state.blocks import Stage, kinds_of, restore_block_
-from cbq.state.generations import DamagedError, Generations
+from cbq.state.generations import DamagedError, Generations, OtherFormatError
 from cbq.state.random import random_states, set_random_states
 from cbq.streams.kinds import Stream
 
@@ -89,6 +89,11 @@ class RunState:
             found = self.generations.find() if wanted else None
         except DamagedError as error:
             raise damaged(str(error)) from None
+        except OtherFormatError as error:
+            raise InputError(
+                f"the state to go on from was written by another version of cbq ({error}): go on with that one, or "
+                "overwrite=true starts anew"
+            ) from None
         for line in self.generations.damaged:
             self.notes.append(f"{line}: going on from the state before it")
         if found is None:
