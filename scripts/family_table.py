@@ -35,6 +35,10 @@ experts within 1e-4, for transformers sums them in another order).
 - *CFP*: the function is kept, and an outlier channel gets smaller.
 - *quantized q, k, v*: `quant.qkv_bits`; *refused* where attention is the model's own.
 
+In a mixture of experts preprocessing, GPTQ, AdaRound and learned channel scales see every token in every expert. A
+window's own loss is the model's, with its routing: an expert that it sends no token to stays as it was rounded at the
+start. `results.json` counts the tokens that each is sent (`expert_tokens`), and few ones are said.
+
 """
 
 

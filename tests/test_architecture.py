@@ -30,7 +30,7 @@ FENCES = {
     "compressed_tensors": {"export"},
     "datasets": {"data"},
     "lm_eval": {"evaluation"},
-    "matplotlib": {"report", "analysis"},
+    "matplotlib": {"analysis"},
     "pandas": {"report"},
     "huggingface_hub": {"hub"},
 }

@@ -291,6 +291,21 @@ def test_a_table_goes_on_where_it_was_left(cbq, small, tmp_path):
     assert cells[1].read_text() == first[1]
 
 
+def test_a_sweep_goes_on_where_it_was_left(cbq, small, tmp_path):
+    """Also without experiments, and typed in another order."""
+    sweep = [*small, "cbd.window=1,2"]
+    assert cbq("-m", *sweep)[0] == 0
+    cells = sorted((tmp_path / "multirun").glob("*/*/results.json"))
+    first = [path.read_text() for path in cells]
+    assert [json.loads(text)["settings"]["cbd.window"] for text in first] == [1, 2]
+    cells[0].write_text(first[0].replace('"finished"', '"running"'))
+    code, output, _ = cbq("-m", "verbosity=quiet", *reversed(sweep))
+    assert (code, output.count("already finished")) == (0, 1)
+    assert json.loads(cells[0].read_text())["status"] == "finished"
+    assert cells[1].read_text() == first[1]
+    assert sorted((tmp_path / "multirun").glob("*/*/results.json")) == cells
+
+
 def test_a_fault_of_ours_shows_and_is_kept(cbq, small, tmp_path, monkeypatch):
     monkeypatch.setattr("cbq.runner.save_checkpoint", lambda *_: 1 / 0)
     monkeypatch.chdir(tmp_path)

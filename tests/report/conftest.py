@@ -1,8 +1,18 @@
 """Results of runs that never were."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+from tiny_models import tiny_model, token_ids
+
+from cbq.preprocess.none import NoPreprocessing
+from cbq.quant.scheme import QuantScheme
+from cbq.quantized import make_quantizable_
+from cbq.report.run_report import RunReport
+from cbq.results import write_results
 
 
 @pytest.fixture
@@ -31,3 +41,41 @@ def result() -> Callable[..., dict]:
         } | (finished if status == "finished" else {})
 
     return make
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, result: Callable[..., dict]) -> Path:
+    """A finished run of two windows over four blocks, with everything that a page shows."""
+    windows = [
+        {"start": start, "stop": start + 2, "rec_loss_first": 2.0, "rec_loss_last": 1.0, "rec_loss_rtn": 2.5}
+        | {"changed_integers": 0.1, "guard": None, "wall_time_seconds": 3.0}
+        for start in (0, 2)
+    ]
+    results = result() | {
+        "method": "cbq",
+        "zero_shot": {"piqa": {"full_precision": {"acc": 0.5}, "quantized": {"acc": 0.25}}},
+        "agreement": {
+            "embedded": {"kl_divergence": 0.5, "top1": 0.75, "block_snr_db": [9.0, 8.0, 7.0, 6.0]}
+            | {"rtn": {"block_snr_db": [8.0, 6.0, 4.0, 2.0]}}
+        },
+        "windows": windows,
+        "effective_bits": 4.25,
+        "protocol": {"calibration": {"name": "c4"}},
+    }
+    results["cost"] |= {"wall_time_seconds": 99.0, "evaluation_seconds": 1.0, "calibration_tokens": 2048}
+    write_results(tmp_path, results)
+    lines = ["cbq_step,window,loss/rec,beta,memory/host"]
+    lines += [f"{step},{step // 8},{1 / (step + 1)},{'' if step % 8 < 2 else 20.0},0.5" for step in range(16)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    lines = ["block,cbq_step,error/mlp.up,changed/mlp.up", *(f"{block},7,0.0{block},0.{block}" for block in range(4))]
+    (tmp_path / "blocks.csv").write_text("\n".join(lines) + "\n")
+
+    model = tiny_model("llama")
+    make_quantizable_(model, model.model.layers, QuantScheme(4, 16))
+    report = RunReport()
+    report.begin(tmp_path, Console(quiet=True))
+    with report.preprocessing(model, model.model.layers, token_ids(), NoPreprocessing()):
+        pass
+    report.finish_blocks(model.model.layers, range(4))
+    (tmp_path / "report" / "texts.json").write_text(json.dumps({"texts": {"before": "a <b> & \u001b[31m"}}))
+    return tmp_path

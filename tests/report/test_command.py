@@ -1,5 +1,6 @@
-"""`cbq report`, from runs on disk to four files."""
+"""`cbq report`, from runs on disk to files."""
 
+import re
 import sys
 
 import pytest
@@ -20,13 +21,15 @@ def cbq(monkeypatch, capsys):
     return run
 
 
-def test_four_files_and_a_table(cbq, result, tmp_path, monkeypatch):
+def test_files_and_a_table(cbq, result, tmp_path, monkeypatch):
     """In a folder whose name needs quoting, from another working folder, which stays empty."""
     folder, elsewhere = tmp_path / "it's, a=sweep", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     for name, value in (("table15_cfp", 16.5), ("table15_cbd", 16.25)):
-        write_results(folder / name, result(value, experiment=name))
+        write_results(folder / name, result(value, experiment=name, rounding="dense_ste"))
+    (folder / "table15_cfp").rename(folder / "table15_cfp=1")
+    (folder / "table15_cfp=1" / "report.html").write_text("the page of a run")
     for words in (["report", str(folder)], ["report", str(folder)]):  # again: the same
         code, output, error = cbq(*words)
         assert (code, error) == (0, "")
@@ -36,9 +39,17 @@ def test_four_files_and_a_table(cbq, result, tmp_path, monkeypatch):
         "report.html",
         "report.tex",
         "report.png",
+        "report.svg",
     }
     assert "| cfp | 16.50 |" in (folder / "report.md").read_text()
     assert "Commit abc" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert len(page) < 3_000_000
+    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    links = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', markup)
+    assert links == ["table15_cfp%3D1/report.html"], "nothing is fetched"
+    for name, said in (("md", "dense_ste"), ("html", "dense_ste"), ("tex", r"dense\_ste")):
+        assert f"In all rows: rounding={said}." in (folder / f"report.{name}").read_text()
     assert not list(elsewhere.iterdir())
 
 

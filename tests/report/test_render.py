@@ -30,6 +30,18 @@ def test_latex(table):
     assert text.count(r"\\") == 5
 
 
+def test_notes_are_below_the_table_and_literal(table):
+    note = "W2A16*: rounding=dense_ste quant.overrides=['.*fc', '.*']"
+    assert markdown(table, [note]).endswith("|\n\nW2A16\\*: rounding=dense_ste quant.overrides=['.\\*fc', '.\\*']\n")
+    assert latex(table, [note, "50%"]).partition(r"\end{tabular}")[2].splitlines() == [
+        "",
+        "",
+        r"{\footnotesize W2A16*: rounding=dense\_ste quant.overrides=['.*fc', '.*']\par}",
+        "",
+        r"{\footnotesize 50\%\par}",
+    ]
+
+
 def test_cells_of_a_page(table):
     text = render("a <title>", "2 rows", [Section("Table", tables=[html_cells(table)], notes=["note & more"])])
     assert "<h1>a &lt;title&gt;</h1>" in text

@@ -1,11 +1,9 @@
-"""The page of a run, from a run folder that was never computed; looked at by a browser where there is one."""
+"""The page of a run, from a run folder that was never computed."""
 
 import json
 import re
 import shlex
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,9 +17,9 @@ from rich.console import Console
 from tiny_models import add_outliers_, tiny_model, token_ids
 
 from cbq.cli import conf_dir, flatten
+from cbq.cli.options import NOT_SETTINGS, check_combination, check_keys
 from cbq.errors import InputError
 from cbq.preprocess.cfp import CoarseToFine
-from cbq.preprocess.none import NoPreprocessing
 from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState
@@ -34,7 +32,6 @@ from cbq.report.run_page import write_run_page
 from cbq.report.run_report import RunReport
 from cbq.results import write_results
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FIGURES = [
     "changed",
     "curves",
@@ -46,44 +43,6 @@ FIGURES = [
     "time",
 ]
 FIGURES += ["weights", "windows"]
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path, result: Callable[..., dict]) -> Path:
-    """A finished run of two windows over four blocks, with everything that a page shows."""
-    windows = [
-        {"start": start, "stop": start + 2, "rec_loss_first": 2.0, "rec_loss_last": 1.0, "rec_loss_rtn": 2.5}
-        | {"changed_integers": 0.1, "guard": None, "wall_time_seconds": 3.0}
-        for start in (0, 2)
-    ]
-    results = result() | {
-        "method": "cbq",
-        "zero_shot": {"piqa": {"full_precision": {"acc": 0.5}, "quantized": {"acc": 0.25}}},
-        "agreement": {
-            "embedded": {"kl_divergence": 0.5, "top1": 0.75, "block_snr_db": [9.0, 8.0, 7.0, 6.0]}
-            | {"rtn": {"block_snr_db": [8.0, 6.0, 4.0, 2.0]}}
-        },
-        "windows": windows,
-        "effective_bits": 4.25,
-        "protocol": {"calibration": {"name": "c4"}},
-    }
-    results["cost"] |= {"wall_time_seconds": 99.0, "evaluation_seconds": 1.0, "calibration_tokens": 2048}
-    write_results(tmp_path, results)
-    lines = ["cbq_step,window,loss/rec,beta,memory/host"]
-    lines += [f"{step},{step // 8},{1 / (step + 1)},{'' if step % 8 < 2 else 20.0},0.5" for step in range(16)]
-    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
-    lines = ["block,cbq_step,error/mlp.up,changed/mlp.up", *(f"{block},7,0.0{block},0.{block}" for block in range(4))]
-    (tmp_path / "blocks.csv").write_text("\n".join(lines) + "\n")
-
-    model = tiny_model("llama")
-    make_quantizable_(model, model.model.layers, QuantScheme(4, 16))
-    report = RunReport()
-    report.begin(tmp_path, Console(quiet=True))
-    with report.preprocessing(model, model.model.layers, token_ids(), NoPreprocessing()):
-        pass
-    report.finish_blocks(model.model.layers, range(4))
-    (tmp_path / "report" / "texts.json").write_text(json.dumps({"texts": {"before": "a <b> & \u001b[31m"}}))
-    return tmp_path
 
 
 @pytest.fixture
@@ -111,25 +70,6 @@ def test_page_holds_everything_and_asks_no_network(run_folder):
     for name in FIGURES:
         assert ElementTree.parse(run_folder / "report" / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
         assert (run_folder / "report" / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
-@pytest.mark.slow
-@pytest.mark.parametrize("theme", [0, 1], ids=["dark", "light"])
-def test_a_browser_draws_every_chart_without_an_error(run_folder, theme):
-    path = write_run_page(run_folder)
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += [
-        f"--blink-settings=preferredColorScheme={theme}",
-        "--window-size=500,800",
-        "--virtual-time-budget=20000",
-    ]
-    found = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=300, check=True)
-    assert [line for line in found.stderr.splitlines() if "CONSOLE" in line] == []
-    assert 'data-drawn="yes"' in found.stdout
-    drawn = re.findall(r'id="figure-(\w+)"[^>]*>.*?<svg [^>]*width="(\d+)"', found.stdout, flags=re.DOTALL)
-    assert {name for name, _ in drawn} == set(FIGURES)
-    assert all(200 < int(width) <= 500 for _, width in drawn), drawn
 
 
 def test_page_of_a_run_with_results_alone(tmp_path, run_folder):
@@ -308,20 +248,48 @@ def test_weights_on_the_grid_by_hand():
     assert found["integers"] == [int((linear.integers() == integer).sum()) for integer in range(4)]
 
 
-def test_the_printed_command_composes_the_same_configuration():
-    """Of a run with overrides of every kind of value."""
-    words = ["model=pico", "quant=w4a4", "preprocess=cfp", "rounding=lora_ste", "calibration.num_segments=7", "seed=3"]
-    words += ["cbd.window=4", "cbd.overlap=2", "evaluation.tasks=[piqa,ethics]", "evaluation.cache_dir='a b'"]
-    words += ["'quant.overrides=[{linears: \".*down_proj\", weight_bits: 8}]'".strip("'"), "reconstruction.epochs=2"]
+ANY_VALUES = [
+    *("model=pico", "quant=w4a4", "preprocess=cfp", "rounding=lora_ste", "calibration.num_segments=7", "seed=3"),
+    *("cbd.window=4", "cbd.overlap=2", "evaluation.tasks=[piqa,ethics]", "evaluation.cache_dir='a b'"),
+    *('quant.overrides=[{linears: ".*down_proj", weight_bits: 8}]', "reconstruction.epochs=2"),
+]
+METHODS = sorted(path.stem for path in (Path(conf_dir()) / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            ANY_VALUES,
+            [],
+            ["reconstruction=none"],
+            ["experiment=table3a_cfp"],
+            ["experiment=table2_w2a16_gptq", "seed=1"],
+        ),
+        *([f"method={name}", "debug=fast"] for name in METHODS),
+    ],
+    ids=lambda words: "-".join(words[:1]),
+)
+def test_the_printed_command_composes_the_same_configuration(words):
+    """And is one that the program takes: it refuses a group that nothing reads."""
     with initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = compose("config", overrides=words, return_hydra_config=True)
+        choices = {key: value for key, value in config.hydra.runtime.choices.items() if "/" not in key and value}
         config = compose("config", overrides=words)
-        settings = flatten(config) | {"model": "pico", "quant": "w4a4", "preprocess": "cfp", "rounding": "lora_ste"}
+        settings = {key: value for key, value in (flatten(config) | choices).items() if key not in NOT_SETTINGS}
         environment = {"git_commit": "abc-dirty", "cbq": "0.1"}
-        text = reproduce({"settings": settings, "environment": environment, "seed": 3})
-        first, command = text.replace("\\\n", " ").splitlines()
+        results = {"settings": settings, "environment": environment, "seed": config.seed, "overrides": words}
+        first, command = reproduce(results).replace("\\\n", " ").splitlines()
         assert first == "git checkout abc  # and the changes that were not committed"
-        assert shlex.split(command)[:2] == ["python", "run.py"]
-        again = compose("config", overrides=shlex.split(command)[2:])
-    drop = ("runner",)
-    plain = [OmegaConf.to_container(each, resolve=False) for each in (config, again)]
-    assert {k: v for k, v in plain[0].items() if k not in drop} == {k: v for k, v in plain[1].items() if k not in drop}
+        typed = shlex.split(command)
+        assert typed[:2] == ["python", "run.py"]
+        again = compose("config", overrides=typed[2:])
+    check_keys(again)
+    check_combination(again, typed[2:])
+    assert OmegaConf.to_container(again, resolve=False) == OmegaConf.to_container(config, resolve=False)
+
+
+def test_a_run_that_does_not_say_what_was_typed_has_no_command():
+    lines = reproduce({"settings": {}, "environment": {"git_commit": None, "cbq": "0.1"}}).splitlines()
+    assert lines[0] == "pip install cbq==0.1"
+    assert all(line.startswith("#") for line in lines[1:])

@@ -117,6 +117,8 @@ def is_part(hint: object) -> bool:
 def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
     """Refuse an option that the user typed and nothing reads, as the rounding of a method that learns none.
 
+    Beside `experiment=` nothing is refused: there an option is for those cells of a table that have a use for it.
+
     Args:
         config: the composed configuration.
         typed: the command line.
@@ -125,6 +127,8 @@ def check_combination(config: DictConfig, typed: Sequence[str]) -> None:
         InputError: there is one.
     """
     groups = [re.split(r"[=.@]", word.lstrip("+~"))[0] for word in typed]
+    if "experiment" in groups:
+        return
     used, unread = {"method"}, ["runner"]
     while unread:
         node = config.get(unread.pop())

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from cbq.devices import num_cores, visible_gpus
 
 MAX_FOLDER_BYTES = 200
+MAX_SWEEP_NAME = 100  # W&B's groups, which are named by it, have at most 128
 HELD: list[FileLock] = []
 
 
@@ -32,23 +33,48 @@ def folder_name(dirname: str) -> str:
     return name.encode()[: MAX_FOLDER_BYTES - 13].decode(errors="ignore") + "-" + digest
 
 
-def sweep_folder(overrides: Sequence[str], dated: str) -> str:
-    """Return where a sweep's jobs are: one folder a table, so that finished cells are found again, else a new one.
+def sweep_folder(overrides: Sequence[str], otherwise: str) -> str:
+    """Return where a sweep's jobs are: one folder a table, so that cells of it are found again, else what is given.
 
     Args:
         overrides: the command line of a sweep, or those of one of its jobs.
-        dated: the folder of a sweep without experiments.
+        otherwise: the folder of a sweep without experiments.
 
     Example:
-        >>> sweep_folder(["experiment=glob(table3c_*)", "model=pico"], "2024-01-01")
+        >>> sweep_folder(["experiment=glob(table3c_*)", "model=pico"], "mine")
         'table3c'
-        >>> sweep_folder(["experiment=table3c_w2_o1", "model=pico"], "2024-01-01")
+        >>> sweep_folder(["experiment=table3c_w2_o1", "model=pico"], "mine")
         'table3c'
-        >>> sweep_folder(["quant=w4a4,w2a16"], "2024-01-01")
-        '2024-01-01'
+        >>> sweep_folder(["quant=w4a4,w2a16"], "mine")
+        'mine'
     """
     found = [re.match(r"experiment=(?:glob\()?([A-Za-z0-9]+)", override) for override in overrides]
-    return next((match[1] for match in found if match), dated)
+    return next((match[1] for match in found if match), otherwise)
+
+
+def typed_sweep(overrides: Sequence[str], not_named: Sequence[str]) -> str:
+    """Return a name for what was typed, in any order, so that the same sweep typed again finds its finished cells.
+
+    Args:
+        overrides: the command line of a sweep.
+        not_named: options that do not decide what its cells are.
+
+    Returns:
+        the options, as they name the folder of a job; where they are too long or hold what a folder's name should
+        not, the beginning of that and a hash of them all.
+
+    Example:
+        >>> typed_sweep(["quant=w4a4,w2a16", "cbd.window=1,2", "overwrite=true"], ["overwrite"])
+        'cbd.window=1,2,quant=w4a4,w2a16'
+        >>> typed_sweep(["cbd.window=range(1,4)"], [])
+        'cbd.window=range_1,4_-1e61d00df16c'
+    """
+    named = sorted(word for word in overrides if word.partition("=")[0].lstrip("+~") not in not_named)
+    text = ",".join(named) or "defaults"
+    name = re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text)
+    if name == text and len(name) <= MAX_SWEEP_NAME:
+        return name
+    return f"{name[: MAX_SWEEP_NAME - 13]}-{hashlib.sha256(chr(0).join(named).encode()).hexdigest()[:12]}"
 
 
 def num_workers() -> int:
@@ -79,3 +105,5 @@ def register() -> None:
     """Make the functions known to omegaconf, in this process."""
     for resolver in (folder_name, sweep_folder, num_workers, device_of_job):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+    # Hydra hands the cache of a sweep to its jobs: they see the name of the sweep's command line, not of their own.
+    OmegaConf.register_new_resolver(typed_sweep.__name__, typed_sweep, replace=True, use_cache=True)

@@ -109,7 +109,16 @@ def write_figures(folder: Path, sections: Sequence[Section]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.drawn):
         size = PAPER_SIZE if figure.chart.to_dict().get("height") is None else {"width": PAPER_SIZE["width"]}
-        text = figure.chart.properties(**size, background="white").to_json(indent=None)
-        svg = vl_convert.vegalite_to_svg(text)
-        (folder / f"{figure.name}.svg").write_text(svg, encoding="utf-8")
-        (folder / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=RESOLUTION))
+        write_chart(figure.chart.properties(**size), folder / figure.name)
+
+
+def write_chart(chart: alt.TopLevelMixin, path: Path) -> None:
+    """Write a chart as PNG and SVG, on white.
+
+    Args:
+        chart: with its size.
+        path: without the names' ends.
+    """
+    svg = vl_convert.vegalite_to_svg(chart.properties(background="white").to_json(indent=None))
+    path.with_name(f"{path.name}.svg").write_text(svg, encoding="utf-8")
+    path.with_name(f"{path.name}.png").write_bytes(vl_convert.svg_to_png(svg, scale=RESOLUTION))

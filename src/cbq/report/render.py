@@ -1,6 +1,8 @@
 """A sweep's table as Markdown, LaTeX and for a page: the best of a column and scheme in bold."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import quote
 
 import pandas as pd
 from markupsafe import Markup, escape
@@ -54,20 +56,32 @@ def digits(column: tuple[str, str]) -> int:
     return 0 if column[1] == SECONDS else 2
 
 
-def markdown(table: SweepTable) -> str:
-    """Return a table of GitHub's Markdown."""
+def markdown(table: SweepTable, notes: Sequence[str] = ()) -> str:
+    """Return a table of GitHub's Markdown, and a paragraph a note below it."""
     headings, rows = grid(table, lambda text: f"**{text}**", lambda text: text.replace("|", "\\|"))
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return text + "".join(f"\n{escape_markdown(note)}\n" for note in notes)
 
 
-def latex(table: SweepTable) -> str:
-    """Return a `tabular` for the package booktabs."""
+def escape_markdown(text: str) -> str:
+    r"""Return text that Markdown shows as it is; an underscore inside a word is one already.
+
+    Example:
+        >>> print(escape_markdown("W2A16*: dense_ste"))
+        W2A16\*: dense_ste
+    """
+    return re.sub(r"[\\*`<]|\b_|_\b", r"\\\g<0>", text)
+
+
+def latex(table: SweepTable, notes: Sequence[str] = ()) -> str:
+    """Return a `tabular` for the package booktabs, and a paragraph a note below it."""
     headings, rows = grid(table, lambda text: rf"\textbf{{{text}}}", escape_latex)
     style = pd.DataFrame(rows, columns=pd.Index(headings)).style.hide(axis="index")
-    return style.to_latex(
+    text = style.to_latex(
         hrules=True, column_format="l" * len(table.labels) + "r" * (len(headings) - len(table.labels))
     )
+    return text + "".join(f"\n{{\\footnotesize {escape_latex(note)}\\par}}\n" for note in notes)
 
 
 def escape_latex(text: str) -> str:
@@ -82,6 +96,27 @@ def escape_latex(text: str) -> str:
 
 
 def html_cells(table: SweepTable) -> pd.DataFrame:
-    """Return the table for a page, its cells escaped."""
+    """Return the table for a page, its cells escaped, with links to the pages of the runs that have one."""
     headings, rows = grid(table, lambda text: Markup("<b>{}</b>").format(text), escape)
+    links = {row: links_of(by_model) for row, by_model in table.pages.items()}
+    if any(links.values()):
+        headings.append("page of seed")
+        first = [""] * (len(rows) - len(table.rows))  # full precision
+        for cells, link in zip(rows, [*first, *(links.get(row, "") for row in table.rows)], strict=True):
+            cells.append(link)
     return pd.DataFrame(rows, columns=pd.Index(headings), dtype=object)
+
+
+def links_of(by_model: Mapping[str, Sequence[tuple[str, str]]]) -> Markup:
+    """Return a row's links to pages, a line a model, which is named where there are several.
+
+    Example:
+        >>> print(links_of({"pico": [("0", "a=1,seed=0/report.html")]}))
+        <a href="a%3D1%2Cseed%3D0/report.html">0</a>
+    """
+    lines = []
+    for model, pages in by_model.items():
+        links = [Markup('<a href="{}">{}</a>').format(quote(path), seed) for seed, path in pages]
+        if links:
+            lines.append(escape(f"{model} " if len(by_model) > 1 else "") + Markup("&ensp;").join(links))
+    return Markup("<br>").join(lines)

@@ -115,7 +115,7 @@ def blocks_section(blocks: pd.DataFrame, agreement: Mapping) -> Section:
         figures=[
             Figure(
                 "error",
-                "Quantization error of each linear: |W_q - W|² / |W|²",
+                "Quantization error of each linear: |W_q - W|\N{WORD JOINER}² / |W|\N{WORD JOINER}²",
                 charts.heat_map(blocks, "error", "error", "~g"),
             ),
             Figure(

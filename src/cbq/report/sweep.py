@@ -8,6 +8,7 @@ from statistics import mean
 from cbq.errors import InputError
 from cbq.report.columns import COSTS, MEMORY, SECONDS, cost_of, figure_of, is_task, measured
 from cbq.report.paper import FULL_PRECISION, comparable, figure, place
+from cbq.report.run_page import PAGE_NAME
 from cbq.results import RESULTS_NAME, read_results
 
 EXPERIMENT = "experiment"
@@ -79,6 +80,7 @@ class SweepTable:
         schemes: of the rows that have finished runs: W2A16 is not held against W4A16.
         paper: the paper's figures by column, then by row; `FULL_PRECISION` is a row of its own. A column without one is
             not there.
+        pages: of runs that have one, by row and model: the seed, and the path from the sweep's folder.
     """
 
     labels: list[str]
@@ -88,6 +90,7 @@ class SweepTable:
     seeds: int = 1
     schemes: dict[tuple[str, ...], str] = field(default_factory=dict)
     paper: dict[tuple[str, str], dict[tuple[str, ...], float]] = field(default_factory=dict)
+    pages: dict[tuple[str, ...], dict[str, list[tuple[str, str]]]] = field(default_factory=dict)
 
     @property
     def corpora(self) -> set[str]:
@@ -117,14 +120,18 @@ class SweepTable:
 
 
 def read_sweep(folder: Path) -> list[dict]:
-    """Return the results of all runs below a folder, in the order of their paths.
+    """Return the results of all runs below a folder, in the order of their paths, each with the path of its `page`.
 
     Raises:
         InputError: there is none, or one cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")
-    found = [read_results(path.parent) for path in sorted(folder.rglob(RESULTS_NAME))]
+    found = []
+    for path in sorted(folder.rglob(RESULTS_NAME)):
+        page = path.with_name(PAGE_NAME)
+        place = page.relative_to(folder).as_posix() if page.is_file() else ""
+        found.append(read_results(path.parent) | {"page": place})
     if not found:
         raise InputError(f"no run below {folder}: there is no {RESULTS_NAME}")
     return found
@@ -166,8 +173,16 @@ def sweep_table(runs: Sequence[dict], expected: Iterable[str] = ()) -> SweepTabl
         for run in each
         if run["status"] == "finished"
     }
+    pages = {
+        row: {
+            model: [(str(run["seed"]), run["page"]) for run in each if run.get("page")]
+            for model, each in by_model.items()
+        }
+        for row, by_model in grouped.items()
+    }
     seeds = len({run["seed"] for run in runs})
-    return SweepTable(labels, columns, rows, full_precision, seeds, schemes, paper_columns(runs, columns, rows))
+    paper = paper_columns(runs, columns, rows)
+    return SweepTable(labels, columns, rows, full_precision, seeds, schemes, paper, pages)
 
 
 def paper_columns(
@@ -196,7 +211,7 @@ def telling(runs: Sequence[dict]) -> list[str]:
         ['rounding']
     """
     keys = dict.fromkeys(key for run in runs for key in run["settings"])
-    keys = [key for key in keys if key not in NOT_A_ROW and key.partition(".")[0] not in NOT_A_ROW]
+    keys = list(filter(tells_rows, keys))
     told: list[str] = []
     for key in sorted(keys, key=lambda key: (*(key != first for first in FIRST), "." in key)):
         values: dict[tuple[str, ...], set[str]] = {}
@@ -206,6 +221,16 @@ def telling(runs: Sequence[dict]) -> list[str]:
         if any(len(each) > 1 for each in values.values()):
             told.append(key)
     return told
+
+
+def tells_rows(key: str) -> bool:
+    """Return whether a setting may tell rows apart.
+
+    Example:
+        >>> tells_rows("cbd.window"), tells_rows("tracking.mode")
+        (True, False)
+    """
+    return key not in NOT_A_ROW and key.partition(".")[0] not in NOT_A_ROW
 
 
 def value_columns(runs: Sequence[dict]) -> list[tuple[str, str]]:
