@@ -113,8 +113,9 @@ def test_constraints():
     assert (found.symmetric, found.act_symmetric, found.act_denominator) == (True, True, 127)
     found = VLLM().constrain(QuantScheme(4, 8, act_symmetric=True, act_denominator=127))
     assert (found.symmetric, found.act_symmetric, found.act_denominator) == (True, False, None)
-    found = AutoRound().constrain(QuantScheme(3, 16, group_size=64))
-    assert (found.symmetric, found.scale_dtype) == (True, "float16")
+    for symmetric in (False, True):
+        found = AutoRound().constrain(QuantScheme(3, 16, group_size=64, symmetric=symmetric))
+        assert (found.symmetric, found.scale_dtype) == (symmetric, "float16")
 
 
 def test_overrides_are_constrained_each():

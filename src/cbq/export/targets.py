@@ -163,7 +163,7 @@ class VLLM(Target):
 
 
 class AutoRound(Target):
-    """The GPTQ layout as AutoRound 0.16 reads it: symmetric weights in groups, scales in float16, no activations."""
+    """The GPTQ layout as AutoRound 0.16 reads it: weights alone, in groups, symmetric or not, scales in float16."""
 
     name = "autoround"
     weight_bits = (2, 3, 4, 8)
@@ -178,7 +178,7 @@ class AutoRound(Target):
         )
 
     def constrain_quantized(self, scheme: QuantScheme) -> QuantScheme:
-        return replace(scheme, symmetric=True, act_denominator=None, scale_dtype="float16")
+        return replace(scheme, act_denominator=None, scale_dtype="float16")
 
 
 def changes(scheme: QuantScheme, runnable: QuantScheme) -> dict[str, object]:
