@@ -50,7 +50,7 @@ def test_quantize_generate_save_load(model, tiny_llama_folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("overrides", "scheme", "options"),
     [
-        (["quant=w2a16", "rounding=lora"], "w2a16", {}),
+        pytest.param(["quant=w2a16", "rounding=lora"], "w2a16", {}, marks=pytest.mark.slow),
         (
             ["quant=w4a4", "quant.act_granularity=tensor", "rounding=dense_ste", "preprocess=cfp"],
             QuantScheme(4, 4, act_granularity="tensor"),

@@ -77,6 +77,7 @@ def statuses(folder: Path) -> dict[int, str]:
     return {results["settings"]["cbd.window"]: results["status"] for results in found}
 
 
+@pytest.mark.slow
 def test_jobs_in_processes_of_this_machine(tmp_path):
     """Two that work and one that cannot: it ends neither the others nor in silence."""
     process = sweep(tmp_path, "hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "cbd.window=8,4,9")
@@ -164,6 +165,7 @@ def test_without_gpus_a_job_a_core(monkeypatch):
     assert device_of_job(3) == ""
 
 
+@pytest.mark.slow
 def test_a_launcher_names_its_extra(tmp_path, monkeypatch):
     """With the search for plugins finding none."""
     code = (

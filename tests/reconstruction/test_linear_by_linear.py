@@ -71,7 +71,7 @@ def test_a_clipped_range_is_an_input_of_its_own(make_setup):
 
 @pytest.mark.parametrize("scheme", [W2A16, W4A4], ids=lambda scheme: scheme.label)
 def test_gram_matrix_is_that_of_the_inputs(make_setup, scheme):
-    """Of what `F.linear` is given in a plain forward of all segments, in every linear of blocks 0 and 1."""
+    """Of what is multiplied in a plain forward of all segments, in every linear of blocks 0 and 1."""
     setup = make_setup(scheme)
     setup.cache.batch_size = 3  # does not divide the 8 segments
     blocks = list(setup.blocks[:2])
@@ -79,12 +79,12 @@ def test_gram_matrix_is_that_of_the_inputs(make_setup, scheme):
 
     def remember(x, weight, bias=None):
         multiplied[len(multiplied)] = x.flatten(0, -2).double()
-        return plain(x, weight, bias)
+        return F.linear(x, weight, bias)
 
-    plain = F.linear
     with quant_state(blocks, QuantState.LEARNED):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "linear", remember)
+            for linear in quant_linears(blocks):
+                patch.setattr(linear, "product", remember)
             setup.cache.run_blocks(0, 2, setup.cache.quantized[:])
         assert len(multiplied) == 14
         for index, block in enumerate(blocks):

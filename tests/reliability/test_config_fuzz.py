@@ -244,7 +244,7 @@ def fuzz(max_examples: int) -> Callable:
     )
 
 
-@pytest.mark.parametrize("number", [8, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(600, marks=pytest.mark.slow)])
 def test_any_options_end_well_or_in_one_line(check, tiny_llama_folder, text, number) -> None:
     base = ("model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={text}", *BASE)
 

@@ -136,7 +136,7 @@ def test_resumed_equals_uninterrupted_in_every_kind_of_block(tmp_path, tiny_llam
     check_resumed(tmp_path, compose_run(tmp_path / "model", options), 3)
 
 
-@pytest.mark.parametrize("failing", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("failing", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3))])
 def test_one_write_that_fails_is_made_up_for(tmp_path, tiny_llama_folder, text, failing):
     """A disk that was full for a while: the next state holds what the failed one did not."""
     options = [f"calibration.path={text}", f"evaluation.text_path={text}", "method=gptq", "quant=w4a4"]
