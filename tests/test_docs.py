@@ -38,7 +38,8 @@ def commands(text: str) -> list[list[str]]:
 
 
 def jobs(words: list[str]) -> list[list[str]]:
-    """Return what hydra would compose of a sweep's options: every value of each once, not every combination."""
+    """Return what hydra would compose of a sweep's options: every value of each once, not every combination, and of a
+    table two cells (`test_experiments.py` composes them all)."""
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())  # it finds what a glob stands for
     axes = [
         [f"{option.get_key_element()}={value}" for value in option.sweep_string_iterator()]
@@ -46,6 +47,7 @@ def jobs(words: list[str]) -> list[list[str]]:
         else [option.input_line]
         for option in parser.parse_overrides(words)
     ]
+    axes = [axis[:2] if axis[0].startswith("experiment=") else axis for axis in axes]
     return [[axis[number % len(axis)] for axis in axes] for number in range(max(map(len, axes), default=1))]
 
 
