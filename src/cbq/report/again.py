@@ -92,9 +92,10 @@ def text_option(key: str, text: str) -> str:
 
     Example:
         >>> print(text_option("hydra.sweep.dir", "multirun/table3c"), text_option("hydra.sweep.dir", "my runs"))
-        hydra.sweep.dir=multirun/table3c 'hydra.sweep.dir='"'"'my runs'"'"''
+        hydra.sweep.dir=multirun/table3c "hydra.sweep.dir='my runs'"
     """
-    return shlex.quote(f"{key}={plain(text)}")
+    word = f"{key}={plain(text)}"
+    return f'"{word}"' if "'" in word and not set(word) & set('"\\$`!') else shlex.quote(word)
 
 
 def plain(value: Any) -> str:
