@@ -85,7 +85,8 @@ def test_options_out_of_range(run_folder, options, said):
 
 
 def test_a_whole_number_is_a_temperature(run_folder):
-    assert Generate(str(run_folder), PROMPT, max_tokens=2, temperature=8).run()["quantized"]
+    whole, real = (Generate(str(run_folder), PROMPT, max_tokens=12, temperature=each).run() for each in (8, 8.0))
+    assert whole["quantized"] == real["quantized"] != ""
 
 
 def test_a_failure_of_the_writing_thread_is_raised_and_not_waited_for(tiny_llama_folder, monkeypatch):
