@@ -97,7 +97,16 @@ def small(tiny_llama_folder) -> list[str]:
         (["hydra.run.dir=${nowhere}"], "nowhere"),
         (["method=rtn", "rounding.rank=3"], "rounding.rank"),
         (["method=awq", "quant=w4a4"], "method=awq is for weights only: quant.act_bits must be 16, got 4"),
+        (
+            ["method=awq", "quant=w4a16", "quant.qkv_bits=4"],
+            "method=awq is for weights only: quant.qkv_bits must be 16",
+        ),
         (["method=smoothquant", "quant=w4a16"], "method=smoothquant is for activations too"),
+        (["method=os_plus", "quant=w4a16"], "method=os_plus is for activations too"),
+        (
+            ["method=signround", "reconstruction.num_steps=null", "reconstruction.epochs=1"],
+            "reconstruction.learning_rates.weight_scale must be a number",
+        ),
         (["reconstruction.epochs=null", "reconstruction.num_steps=0"], "num_steps must be an integer of at least 1"),
         (["reconstruction.num_steps=9"], "must be null, the other not, got 3 and 9"),
         (["method=signround", "reconstruction.epochs=5"], "must be null, the other not, got 5 and 200"),

@@ -167,6 +167,81 @@ def test_settings_are_flat_and_without_duplicates():
     assert not any("_target_" in key or "_partial_" in key for key in settings)
 
 
+def test_settings_list_what_is_computed_but_not_what_is_listed_elsewhere():
+    settings = flatten(compose("method=signround", "reconstruction.num_steps=1000"))
+    assert settings["rounding.learning_rate"] == settings["reconstruction.learning_rates.weight_scale"] == 1e-3
+    assert "reconstruction.seed" not in settings
+    assert "evaluation.cache_dir" not in settings
+
+
+# As papers and released code say, or docs/results/methods.md where presets differ: a preset whose numbers are lost still
+# runs, and is no rival any more.
+PRESETS = {
+    "rtn": {"preprocess": "none", "reconstruction": "none", "rounding": "nearest"},
+    "smoothquant": {"preprocess.alpha": 0.5, "reconstruction": "none", "method.without_activations": False},
+    "os_plus": {"preprocess.grid": 40, "preprocess.shift": True, "method.without_activations": False},
+    "awq": {"preprocess.grid": 20, "preprocess.clip": True, "method.with_activations": False},
+    "gptq": {
+        "preprocess": "omse_weight",
+        "reconstruction.damping": 0.01,
+        "reconstruction.act_order": True,
+        "cbd.window": 1,
+    },
+    "adaround": {
+        "preprocess": "omse_weight",
+        "reconstruction.num_steps": 1000,
+        "reconstruction.warmup": 0.2,
+        "reconstruction.beta_start": 20.0,
+        "reconstruction.beta_end": 2.0,
+        "reconstruction.compensation_weight": 100.0,
+        "cbd.window": 1,
+    },
+    "omniquant": {
+        "preprocess": "none",
+        "reconstruction.learning_rates.weight_scale": 1e-2,
+        "reconstruction.scaling.learning_rate": 5e-3,
+        "reconstruction.scaling.alpha": 0.5,
+        "reconstruction.epochs": 20,
+        "reconstruction.batch_size": 1,
+        "reconstruction.descent.optimizer.weight_decay": 0.0,
+        "loss": "mse",
+        "cbd.window": 1,
+    },
+    "signround": {
+        "preprocess": "none",
+        "reconstruction.num_steps": 200,
+        "reconstruction.batch_size": 8,
+        "reconstruction.keep_best": True,
+        "reconstruction.learning_rates.weight_scale": 5e-3,
+        "reconstruction.learning_rates.act_scale": 0.0,
+        "rounding.learning_rate": 5e-3,
+        "rounding.limit": 0.5,
+        "loss": "mse",
+        "cbd.window": 1,
+    },
+    "cbq": {"preprocess": "none", "loss": "l2_kld", "reconstruction": "default", "cbd.window": 2, "cbd.overlap": None},
+    "cbq_best": {
+        "preprocess": "best",
+        "reconstruction": "best",
+        "rounding": "dense_ste",
+        "reconstruction.num_steps": 180,
+        "cbd.overlap": None,  # 1
+    },
+}
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_preset_is_what_is_documented(method):
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        config = hydra.compose("config", overrides=[f"method={method}"], return_hydra_config=True)
+    settings = flatten(config) | dict(config.hydra.runtime.choices)
+    assert {key: settings[key] for key in PRESETS[method]} == PRESETS[method]
+
+
+def test_every_preset_is_documented():
+    assert set(PRESETS) == {option.stem for option in OPTIONS if option.parent.name == "method"}
+
+
 @pytest.mark.parametrize(
     "choice",
     [

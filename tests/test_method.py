@@ -26,6 +26,8 @@ SCHEMES = {
     "cbq_best": BOTH,
     "cbq": BOTH,
 }
+ONE = QuantScheme(4, 16, overrides=[{"linears": ".*down_proj", "act_bits": 8}])
+NOT_ONE = QuantScheme(4, 16, overrides=[{"linears": ".*down_proj", "weight_bits": 8}])
 CELLS = [(method, scheme) for method, schemes in SCHEMES.items() for scheme in schemes]
 
 
@@ -33,6 +35,9 @@ CELLS = [(method, scheme) for method, schemes in SCHEMES.items() for scheme in s
     ("method", "good", "bad"),
     [
         (Method("weights", with_activations=False), QuantScheme(4, 16), QuantScheme(4, 8)),
+        (Method("qkv", with_activations=False), QuantScheme(4, 16), QuantScheme(4, 16, qkv_bits=4)),
+        (Method("one", with_activations=False), NOT_ONE, ONE),
+        (Method("but-one", without_activations=False), ONE, NOT_ONE),
         (Method("both", without_activations=False), QuantScheme(4, 8), QuantScheme(4, 16)),
     ],
 )

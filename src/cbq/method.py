@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cbq.errors import InputError, check_flag, check_text
-from cbq.quant.scheme import QuantScheme
+from cbq.quant.scheme import FULL_PRECISION_BITS, QuantScheme
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Method:
         Raises:
             InputError: the scheme quantizes activations, or does not, and the method is not for that.
         """
-        if scheme.quantizes_activations and not self.with_activations:
-            raise InputError(
-                f"method={self.name} is for weights only: quant.act_bits must be 16, got {scheme.act_bits}"
-            )
-        if not scheme.quantizes_activations and not self.without_activations:
+        schemes = [scheme, *scheme.overridden()]
+        if not self.with_activations:
+            for key, bits in (("qkv_bits", scheme.qkv_bits), *(("act_bits", each.act_bits) for each in schemes)):
+                if bits != FULL_PRECISION_BITS:
+                    raise InputError(f"method={self.name} is for weights only: quant.{key} must be 16, got {bits}")
+        if not self.without_activations and not any(each.quantizes_activations for each in schemes):
             raise InputError(f"method={self.name} is for activations too: quant.act_bits must be below 16")
