@@ -174,7 +174,7 @@ def test_settings_list_what_is_computed_but_not_what_is_listed_elsewhere():
     assert "evaluation.cache_dir" not in settings
 
 
-# As papers and released code say, or docs/results/methods.md where presets differ: a preset whose numbers are lost still
+# As papers and released code say, or methods.md where presets differ: a preset that loses its numbers still
 # runs, and is no rival any more.
 PRESETS = {
     "rtn": {"preprocess": "none", "reconstruction": "none", "rounding": "nearest"},
