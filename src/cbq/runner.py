@@ -113,8 +113,7 @@ class Runner:
         self.load_model = load_model
         self.scheme = target.constrain(scheme)
         self.constraints = changes(scheme, self.scheme)
-        self.preprocess = preprocess
-        self.windows, self.solver = windows, solver
+        self.preprocess, self.windows, self.solver = preprocess, windows, solver
         self.calibration, self.evaluation = calibration, evaluation
         self.activations = activations
         self.offload = offload
@@ -192,6 +191,7 @@ class Runner:
         self.target.check(quantized_schemes(loaded.model))
         self.export.check(loaded.model, self.solver.learns_act_scale or self.preprocess.clips_act_ranges(loaded.blocks))
         self.preprocess.check(loaded.blocks)
+        self.solver.check(loaded.blocks)
         self.offload = place_(loaded.model, self.device, self.offload)
         check_computes(loaded.model, loaded.blocks, segments)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)

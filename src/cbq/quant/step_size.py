@@ -72,7 +72,12 @@ class LearnedClipping(StepSize):
     """Both ends of the range, each times a factor of at most 1: scale and zero point follow.
 
     Symmetric weights have one range for both signs, and take the larger end.
+
+    Attributes:
+        zero_point_teaches: the gradient of the zero point passes straight through its rounding; else it has none.
     """
+
+    zero_point_teaches = True
 
     @abstractmethod
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +90,9 @@ class LearnedClipping(StepSize):
             largest = torch.maximum(-low, high)
             return (largest / (covered.quant_max / 2)).clamp_min(SMALLEST_SCALE), covered.zero_point
         scale = ((high - low) / covered.quant_max).clamp_min(SMALLEST_SCALE)
-        return scale, round_ste(-low / scale).clamp(0, covered.quant_max)
+        zero_point = -low / scale
+        zero_point = round_ste(zero_point) if self.zero_point_teaches else zero_point.detach().round()
+        return scale, zero_point.clamp(0, covered.quant_max)
 
 
 class ClippingFactors(LearnedClipping):
@@ -114,8 +121,10 @@ class SigmoidClipping(LearnedClipping):
     Args:
         like: see `StepSize`.
 
-    Source: Shao et al. (2023), Eq. 2.
+    Source: Shao et al. (2023), Eq. 2; that the zero point has no gradient, the released code.
     """
+
+    zero_point_teaches = False
 
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__(like)

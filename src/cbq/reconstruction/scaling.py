@@ -3,7 +3,7 @@
 Shapes: I in_features, C channels of a producer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,10 +38,10 @@ class LearnedScaling:
     Raises:
         InputError: an option is out of range.
 
-    Source: Shao et al. (2023), Eq. 3 (learnable equivalent transformation, without the shift, which RMSNorm cannot
-        take, and without the scale between queries and keys).
-    Note: the paper learns the scale itself; its logarithm keeps it positive. Its code for LLaMA leaves the input of
-        `down_proj` alone; here it is scaled too.
+    Source: Shao et al. (2023), Eq. 3 (learnable equivalent transformation).
+    Note: the shift of channels is not learned, nor the scale between queries and keys. The paper learns the scale
+        itself; its logarithm keeps it positive. Its code for LLaMA leaves the input of `down_proj` alone; here it is
+        scaled too.
     """
 
     def __init__(self, learning_rate: float = 5e-3, alpha: float = 0.5, weight_only: bool = False) -> None:
@@ -52,6 +52,18 @@ class LearnedScaling:
             raise InputError(f"reconstruction.scaling.alpha must be at most 1, got {alpha!r}")
         self.learning_rate, self.alpha, self.weight_only = learning_rate, alpha, weight_only
 
+    def check(self, blocks: Iterable[nn.Module]) -> None:
+        """Refuse blocks with which scales cannot be learned.
+
+        Args:
+            blocks: made quantizable.
+
+        Raises:
+            InputError: a linear quantizes its input in a range that would not follow the scales.
+        """
+        if any(isinstance(q, StaticActQuantizer) for q in act_quantizers(list(blocks))):
+            raise InputError("reconstruction.scaling needs quant.act_granularity=token: a static range does not follow")
+
     def start(self, window: Window, cache: ActivationCache, new: set[nn.Module]) -> "WindowScaling":
         """Return the scales of a window, already at work in its blocks.
 
@@ -61,10 +73,9 @@ class LearnedScaling:
             new: the linears that no window has learned yet; the scales of others start at 1.
 
         Raises:
-            InputError: a linear quantizes its input in a range that would not follow the scales.
+            InputError: see `check`.
         """
-        if any(isinstance(q, StaticActQuantizer) for q in act_quantizers(list(cache.blocks))):
-            raise InputError("reconstruction.scaling needs quant.act_granularity=token: a static range does not follow")
+        self.check(cache.blocks)
         return WindowScaling(window, cache, self, new)
 
 

@@ -64,7 +64,7 @@ class Reconstruction(WindowSolver):
         seed: of the order of the segments.
 
     Raises:
-        InputError: a value is out of range.
+        InputError: a value is out of range; by `check`, `scaling` cannot be learned with the blocks.
 
     Source: section 5.1 for the values that the paper prints.
     """
@@ -146,6 +146,10 @@ class Reconstruction(WindowSolver):
         self.annealing = BetaAnnealing(beta_start, beta_end, warmup, hard_start)
         self.finite_steps = FiniteSteps()
         self.keepers = [BestStep()] if keep_best else []
+
+    def check(self, blocks: nn.ModuleList) -> None:
+        if self.scaling:
+            self.scaling.check(blocks)
 
     def steps(self, num_segments: int) -> int:
         if self.num_steps is not None:

@@ -59,6 +59,17 @@ class WindowSolver(ABC):
     def __init__(self, loss: ReconstructionLoss) -> None:
         self.loss = loss
 
+    def check(self, blocks: nn.ModuleList) -> None:
+        """Refuse blocks that no window could be solved with, before any work is done: by default none.
+
+        Args:
+            blocks: made quantizable.
+
+        Raises:
+            InputError: see the class.
+        """
+        return
+
     def steps(self, num_segments: int) -> int:
         """Return how many optimizer steps of a window callbacks hear of, for N calibration segments."""
         return 0
