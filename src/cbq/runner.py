@@ -115,8 +115,7 @@ class Runner:
         self.constraints = changes(scheme, self.scheme)
         self.preprocess, self.windows, self.solver = preprocess, windows, solver
         self.calibration, self.evaluation = calibration, evaluation
-        self.activations = activations
-        self.offload = offload
+        self.activations, self.offload = activations, offload
         self.tracker, self.report = tracker, report
         self.profile = profile and profile(folder.path)
         self.target, self.export = target, export
@@ -192,6 +191,7 @@ class Runner:
         self.export.check(loaded.model, self.solver.learns_act_scale or self.preprocess.clips_act_ranges(loaded.blocks))
         self.preprocess.check(loaded.blocks)
         self.solver.check(loaded.blocks)
+        notes = [*notes, *self.preprocess.notes(loaded.model)]
         self.offload = place_(loaded.model, self.device, self.offload)
         check_computes(loaded.model, loaded.blocks, segments)
         num_bytes = stream_bytes(loaded.model, loaded.blocks, segments)

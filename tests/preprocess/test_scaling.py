@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import add_outliers_, tiny_model, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbq.errors import InputError
 from cbq.models.equivalent import shift_channels_
-from cbq.models.families import get_blocks
+from cbq.models.families import get_blocks, scaling_pairs
 from cbq.models.pairs import ScalingPair
+from cbq.preprocess.by_scheme import ByScheme
+from cbq.preprocess.chain import Chain
+from cbq.preprocess.clipping import SmallestError
+from cbq.preprocess.none import NoPreprocessing
 from cbq.preprocess.scaling import (
     ActivationAware,
     Channels,
@@ -23,6 +28,7 @@ from cbq.preprocess.scaling import (
 from cbq.preprocess.statistics import InputStatistics
 from cbq.quant.linear import QuantLinear, quant_linears, quantize_linears_
 from cbq.quant.scheme import QuantScheme
+from cbq.quantized import make_quantizable_
 
 SEGMENTS = torch.randint(320, (6, 24), generator=torch.Generator().manual_seed(0))
 OUTLIER = 5
@@ -45,6 +51,8 @@ def plain(tiny_llama_folder: Path) -> PreTrainedModel:
     for block in get_blocks(model):
         block.input_layernorm.weight[OUTLIER] *= -50
         block.post_attention_layernorm.weight[OUTLIER] *= 50
+        for last in (block.self_attn.v_proj, block.mlp.up_proj):  # what is best for it is not for the first
+            last.weight[:, OUTLIER] *= 8
     return model
 
 
@@ -55,19 +63,24 @@ def model(plain: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture
-def inputs(plain: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The input of every linear of the plain model, (tokens, in_features), by name."""
+def linear_inputs(model: nn.Module, segments: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the input of every linear of a model, (tokens, in_features), by name."""
     found: dict[str, torch.Tensor] = {}
     hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: found.update({name: args[0].flatten(0, 1)}))
-        for name, module in plain.named_modules()
-        if isinstance(module, nn.Linear)
+        module.register_forward_pre_hook(lambda module, args, name=name: found.update({name: args[0].flatten(0, -2)}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | QuantLinear)
     ]
-    plain(SEGMENTS)
+    model(segments)
     for hook in hooks:
         hook.remove()
     return found
+
+
+@pytest.fixture
+def inputs(plain: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The input of every linear of the plain model, (tokens, in_features), by name."""
+    return linear_inputs(plain, SEGMENTS)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
@@ -118,33 +131,69 @@ def test_gamma_migration_leaves_norms_of_one(model, plain) -> None:
         torch.testing.assert_close(block.input_layernorm.weight, expected)
 
 
-def output_error(linear: nn.Linear, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def rounded_rows(rows: torch.Tensor, bits: int, ratios: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Return each row of (R, n) cut off at a share of its range, one or (R, 1), and rounded, by torch's operator."""
+    if bits == 16:
+        return rows
+    low, high = rows.amin(1, keepdim=True).clamp_max(0) * ratios, rows.amax(1, keepdim=True).clamp_min(0) * ratios
+    steps = ((high - low) / (2**bits - 1)).flatten()
+    zero_points = (-low.flatten() / steps).round().to(torch.int32)
+    return torch.fake_quantize_per_channel_affine(rows, steps, zero_points, 0, 0, 2**bits - 1)
+
+
+def output_error(
+    linear: nn.Linear, x: torch.Tensor, scale: torch.Tensor, weight_bits: int = 4, act_bits: int = 4
+) -> torch.Tensor:
     """Return the squared errors of a linear whose weight rows and input tokens are rounded by torch's operator."""
-
-    def rounded(rows: torch.Tensor) -> torch.Tensor:
-        out = []
-        for row in rows:
-            low, high = min(row.min().item(), 0.0), max(row.max().item(), 0.0)
-            step = (high - low) / 15
-            out.append(torch.fake_quantize_per_tensor_affine(row, step, round(-low / step), 0, 15))
-        return torch.stack(out)
-
-    return (rounded(x / scale) @ rounded(linear.weight * scale).T - x @ linear.weight.T).square()
+    quantized = rounded_rows(x / scale, act_bits) @ rounded_rows(linear.weight * scale, weight_bits).T
+    return (quantized - x @ linear.weight.T).square()
 
 
-def test_os_plus_takes_the_best_threshold(model, plain, inputs) -> None:
-    """Of all thresholds, by brute force; and it is better than no scaling where there is an outlier."""
-    OutlierSuppressionPlus(grid=8).apply_(model, get_blocks(model), SEGMENTS)
-    block, before = get_blocks(model)[0], get_blocks(plain)[0]
-    x = inputs["model.layers.0.mlp.gate_proj"]
+def thresholds(x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the scales that OS+ tries for inputs x (tokens, I), one of them none."""
     maxima = x.abs().amax(0)
-    linears = [before.mlp.gate_proj, before.mlp.up_proj]
-    scales = [(maxima / (maxima.max() * (1 - step / 8))).clamp_min(1) for step in range(8)]
-    errors = [torch.cat([output_error(linear, x, scale).flatten() for linear in linears]).mean() for scale in scales]
-    taken = before.post_attention_layernorm.weight / block.post_attention_layernorm.weight
-    taken_error = torch.cat([output_error(linear, x, taken).flatten() for linear in linears]).mean()
-    assert taken_error.item() == pytest.approx(min(errors).item(), rel=0.01)
-    assert min(errors) < 0.5 * errors[0]
+    return [(maxima / (maxima.max() * (1 - step / 8))).clamp_min(1) for step in range(8)]
+
+
+def exponents(x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the scales that AWQ tries for inputs x (tokens, I), one of them none."""
+    scales = [x.abs().mean(0).pow(step / 8) for step in range(8)]
+    return [scale / (scale.max() * scale.min()).sqrt() for scale in scales]
+
+
+@pytest.mark.parametrize(
+    ("method", "candidates", "act_bits"),
+    [
+        (OutlierSuppressionPlus(grid=8), thresholds, 4),
+        (ActivationAware(grid=8), exponents, 16),
+        (ActivationAware(grid=8, clip=False), exponents, 4),
+    ],
+    ids=["os_plus", "awq", "awq on activations too"],
+)
+def test_the_best_scale_of_all_consumers_is_taken(plain, inputs, method, candidates, act_bits) -> None:
+    """After every norm, by brute force; the best for the first linear alone would be another; scaling is worth it."""
+    model = copy.deepcopy(plain)
+    quantize_linears_(get_blocks(model), QuantScheme(3, act_bits))
+    method.apply_(model, get_blocks(model), SEGMENTS)
+    differ, gains = 0, []
+    for number, (block, before) in enumerate(zip(get_blocks(model), get_blocks(plain), strict=True)):
+        for norm, names in (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            x = inputs[f"model.layers.{number}.{names[0]}"]
+            linears = [before.get_submodule(name) for name in names]
+            # Candidate, linear.
+            errors = torch.tensor(
+                [[output_error(one, x, s, 3, act_bits).sum() for one in linears] for s in candidates(x)]
+            )
+            best = errors.sum(1).argmin()
+            taken = before.get_submodule(norm).weight / block.get_submodule(norm).weight
+            torch.testing.assert_close(taken, candidates(x)[best], rtol=1e-4, atol=1e-5)
+            differ += int(errors[:, 0].argmin() != best)
+            gains.append((errors.sum(1)[best] / errors[0].sum()).item())
+    assert differ
+    assert min(gains) < 0.6
 
 
 def test_awq_takes_the_best_exponent(model, plain, inputs) -> None:
@@ -162,6 +211,88 @@ def test_awq_takes_the_best_exponent(model, plain, inputs) -> None:
     taken = (before.self_attn.v_proj.weight[:, 0] / block.self_attn.v_proj.weight[:, 0]).view(2, 1, 16)
     taken_error = output_error(before.self_attn.o_proj, x, taken.expand(2, 2, 16).flatten()).mean().item()
     assert taken_error == pytest.approx(min(errors), rel=0.01)
+
+
+RATIOS = torch.tensor([1 - step / 20 for step in range(15)])  # of a group's range
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_awq_clips_each_group_for_its_inputs(plain, group_size) -> None:
+    """Every linear, by brute force on what the scaled model feeds it."""
+    model = copy.deepcopy(plain)
+    quantize_linears_(get_blocks(model), QuantScheme(3, 16, group_size))
+    ActivationAware(grid=6).apply_(model, get_blocks(model), SEGMENTS)
+    found = linear_inputs(model, SEGMENTS)
+    unclipped, blind, count = 0, 0, 0
+    for name, linear in model.named_modules():
+        if not isinstance(linear, QuantLinear):
+            continue
+        size = linear.in_features if group_size == -1 else group_size
+        quantizer, x = linear.weight_quantizer, found[name]
+        integers = quantizer.starting_integers(linear.weight) - quantizer.initial_zero_point
+        taken = (integers * quantizer.initial_scale).flatten(1)
+        for start in range(0, linear.in_features, size):
+            part = slice(start, start + size)
+            rows = linear.weight[:, part]
+            tried = torch.stack([rounded_rows(rows, 3, ratio) for ratio in RATIOS])  # ratio, row, feature
+            errors = ((tried - rows) @ x[:, part].T).square().sum(-1)
+            error = ((taken[:, part] - rows) @ x[:, part].T).square().sum(-1)
+            torch.testing.assert_close(error, errors.amin(0), rtol=1e-3, atol=1e-6)
+            of_weights = (tried - rows).square().sum(-1).argmin(0)
+            blind += (errors.gather(0, of_weights[None])[0] > 1.01 * error).sum().item()
+            unclipped += (errors[0] > 1.01 * error).sum().item()
+            count += len(rows)
+    assert unclipped > 0.3 * count, "clipping is worth it"
+    assert blind > 0.3 * count, "the inputs decide how much"
+
+
+@pytest.mark.parametrize("name", ["opt", "phi", "bloom"])
+def test_os_plus_shifts_channels_where_norms_and_linears_have_biases(name) -> None:
+    """What each linear after a norm then reads is symmetric about 0, and its bias makes up for the rest; the scale is
+    the best for that."""
+    plain, segments = tiny_model(name), token_ids()
+    add_outliers_(plain, 20.0)
+    model = copy.deepcopy(plain)
+    make_quantizable_(model, get_blocks(model), QuantScheme(4, 4))
+    OutlierSuppressionPlus(grid=8).apply_(model, get_blocks(model), segments)
+    torch.testing.assert_close(model(segments).logits, plain(segments).logits, rtol=1e-3, atol=1e-3)
+    before, after = linear_inputs(plain, segments), linear_inputs(model, segments)
+    names = {module: path for path, module in model.named_modules()}
+    for block, old in zip(get_blocks(model), get_blocks(plain), strict=True):
+        for pair in scaling_pairs(model.config, block):
+            if isinstance(block.get_submodule(pair.producer), QuantLinear):
+                continue
+            norm, old_norm = block.get_submodule(pair.producer), old.get_submodule(pair.producer)
+            assert not torch.equal(norm.bias, old_norm.bias)
+            for consumer in pair.consumers:
+                x, y = (inputs[names[block.get_submodule(consumer)]] for inputs in (before, after))
+                assert ((y.amax(0) + y.amin(0)).abs() < 1e-4 * (y.amax(0) - y.amin(0))).all()
+                assert (x.amax(0) + x.amin(0)).abs().max() > 0.3, "it was not"
+                middle = (x.amax(0) + x.amin(0)) / 2
+                expected = old.get_submodule(consumer)(middle)
+                torch.testing.assert_close(block.get_submodule(consumer).bias, expected, rtol=1e-4, atol=1e-4)
+            scales = thresholds(x - middle)
+            linears = [old.get_submodule(consumer) for consumer in pair.consumers]
+            errors = [sum(output_error(one, x - middle, scale).sum() for one in linears) for scale in scales]
+            best = scales[errors.index(min(errors))]
+            torch.testing.assert_close(old_norm.weight / norm.weight, best, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_os_plus_shifts_nothing_after_norms_without_bias(name) -> None:
+    """Every token is divided by the same factors; Qwen2's linears have biases, which stay."""
+    plain, segments = tiny_model(name), token_ids()
+    model = copy.deepcopy(plain)
+    make_quantizable_(model, get_blocks(model), QuantScheme(4, 4))
+    OutlierSuppressionPlus(grid=8).apply_(model, get_blocks(model), segments)
+    before, after = linear_inputs(plain, segments), linear_inputs(model, segments)
+    for block, old in zip(range(4), get_blocks(plain), strict=True):
+        x, y = (inputs[f"model.layers.{block}.self_attn.q_proj"] for inputs in (before, after))
+        factors = get_blocks(model)[block].input_layernorm.weight / old.input_layernorm.weight
+        torch.testing.assert_close(y, x * factors, rtol=1e-3, atol=1e-3)
+        assert (factors < 0.99).any(), "some are scaled"
+    kept = dict(model.named_parameters())
+    assert all(torch.equal(kept[key], value) for key, value in plain.named_parameters() if key.endswith("bias"))
 
 
 class WithBias(nn.Module):
@@ -189,18 +320,22 @@ def test_shifting_keeps_the_function() -> None:
     torch.testing.assert_close(block.norm(x), before - shift, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shift", [True, False])
-def test_os_plus_shifts_where_there_are_biases(shift) -> None:
+@pytest.mark.parametrize("without", [None, "norm", "first", "second"])
+@pytest.mark.parametrize("option", [True, False])
+def test_os_plus_shifts_where_all_have_biases(option, without) -> None:
     torch.manual_seed(0)
     block, x = WithBias().requires_grad_(False), torch.randn(200, 16)
     block.norm.bias[3] = 40.0
+    if without:
+        getattr(block, without).bias = None
+    shift = option and not without
     expected = block(x)
     for name in ("first", "second"):
         setattr(block, name, QuantLinear(getattr(block, name), QuantScheme(4, 4)))
     inputs = block.norm(x)
     low, high = inputs.amin(0), inputs.amax(0)
     statistics = {name: InputStatistics(low, high, inputs.abs().mean(0), inputs.clone()) for name in PAIR.consumers}
-    OutlierSuppressionPlus(shift=shift).scale_(Channels(PAIR, block, statistics))
+    OutlierSuppressionPlus(shift=option).scale_(Channels(PAIR, block, statistics))
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
     after = block.norm(x)
     off_center = ((after.amax(0) + after.amin(0)) / (after.amax(0) - after.amin(0))).abs()
@@ -231,3 +366,23 @@ def test_full_precision_weights_have_no_range(tiny_llama_folder: Path) -> None:
         expected = model(SEGMENTS).logits
         method.apply_(model, get_blocks(model), SEGMENTS)
         torch.testing.assert_close(model(SEGMENTS).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+NO_CHANNELS = "scales nothing: this model has no channels that it can scale"
+
+
+@pytest.mark.parametrize("method", METHODS[:4], ids=name_of)
+@pytest.mark.parametrize("name", ["opt-norm-after", "opt-no-gains", "bloom-norm-in-residual", "opt", "llama"])
+def test_a_scaling_that_scales_nothing_says_so(name, method) -> None:
+    """It says so exactly where it leaves every parameter as it was; also as a step among others."""
+    model, segments = tiny_model(name), token_ids(2, 8)
+    make_quantizable_(model, get_blocks(model), QuantScheme(4, 4))
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    expected = [f"preprocess: {name_of(method)} {NO_CHANNELS}"]
+    chained = Chain({"scale": ByScheme(NoPreprocessing(), method), "clip": SmallestError()})
+    notes = method.notes(model), chained.notes(model)
+    assert ByScheme(method, NoPreprocessing()).notes(model) == []
+    method.apply_(model, get_blocks(model), segments)
+    changed = any(not torch.equal(value, before[key]) for key, value in model.named_parameters())
+    assert notes == (([], []) if changed else (expected, expected))
+    assert changed == (name in ("opt", "llama") or isinstance(method, ActivationAware))

@@ -78,7 +78,7 @@ def scale_channels_(pair: ScalingPair, block: nn.Module, channel_scale: torch.Te
     Args:
         pair: which modules.
         block: has them.
-        channel_scale: positive.
+        channel_scale: finite and not 0; positive where a ReLU lies between producer and consumers.
     """
     for parameter in block.get_submodule(pair.producer).parameters(recurse=False):
         before = parameter.float() + pair.gain_offset

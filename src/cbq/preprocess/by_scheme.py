@@ -2,8 +2,10 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from cbq.errors import InputError
+from cbq.models.families import get_blocks
 from cbq.preprocess.step import Preprocessing
 from cbq.quant.linear import QuantLinear
 from cbq.streams.places import ON_DEVICE, Place
@@ -32,6 +34,9 @@ class ByScheme(Preprocessing):
 
     def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
         return self.step(blocks).clips_act_ranges(blocks)
+
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        return self.step(get_blocks(model)).notes(model)
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights, or the ranges of their quantizers.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from cbq.errors import InputError
 from cbq.preprocess.step import Preprocessing
@@ -34,6 +35,9 @@ class Chain(Preprocessing):
 
     def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
         return any(step.clips_act_ranges(blocks) for step in self.steps)
+
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        return [line for step in self.steps for line in step.notes(model)]
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
         """Change the blocks' weights and the ranges of their quantizers.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from cbq.errors import InputError, check_flag
 from cbq.models.equivalent import (
@@ -20,8 +21,8 @@ from cbq.models.equivalent import (
     scale_channels_,
     shift_channels_,
 )
-from cbq.models.families import scaling_pairs
-from cbq.models.pairs import ScalingPair
+from cbq.models.families import get_blocks, scaling_pairs
+from cbq.models.pairs import Pairs, ScalingPair
 from cbq.preprocess.clipping import clip_for_outputs
 from cbq.preprocess.statistics import InputStatistics, input_statistics
 from cbq.preprocess.step import Preprocessing
@@ -55,13 +56,22 @@ class ChannelScaling(Preprocessing):
         for block, statistics in zip(
             blocks, input_statistics(model, blocks, segments, place, self.num_samples), strict=True
         ):
-            for pair in scaling_pairs(model.config, block):
-                if self.takes(block.get_submodule(pair.producer)):
-                    self.scale_(Channels(pair, block, statistics))
+            for pair in self.taken(model, block):
+                self.scale_(Channels(pair, block, statistics))
             for name, inputs in statistics.items():
                 linear = block.get_submodule(name)
                 if linear.weight_quantizer is not None:
                     self.set_range_(linear, inputs)
+
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        if any(self.taken(model, block) for block in get_blocks(model)):
+            return []
+        return [f"preprocess: {type(self).__name__} scales nothing: this model has no channels that it can scale"]
+
+    def taken(self, model: nn.Module, block: nn.Module) -> Pairs:
+        """Return the pairs of a block that the method scales."""
+        pairs = scaling_pairs(model.config, block)
+        return tuple(pair for pair in pairs if self.takes(block.get_submodule(pair.producer)))
 
     def takes(self, producer: nn.Module) -> bool:
         """Return whether the method scales what `producer` puts out: for most, what norms do."""

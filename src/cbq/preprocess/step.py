@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -26,6 +27,11 @@ class Preprocessing(ABC):
         """Return whether `apply_` may make the quantizers of activations of the blocks, made quantizable, cover less
         than the whole range: by default not."""
         return False
+
+    def notes(self, model: PreTrainedModel) -> list[str]:
+        """Return what is worth a word of what `apply_` will do to a model, made quantizable, in lines: by default
+        nothing."""
+        return []
 
     @abstractmethod
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:
