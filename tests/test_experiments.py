@@ -141,6 +141,28 @@ def test_methods(composed, table):
             assert config.preprocess == composed["table3a_cfp"].preprocess
 
 
+def test_omniquant_has_what_its_authors_scripts_add(composed):
+    """At W2A16 twice the epochs, and a second target (LLaMA) or scales (OPT, table 13); at W4A4 that target (LLaMA-1)
+    or other scales (LLaMA-2, table 6)."""
+    preset = (20, 0, 5e-3, 0.5, False)
+    added = {
+        "table1_w2a16": (40, 1, 5e-3, 0.5, False),
+        "table1_w4a4": (20, 1, 5e-3, 0.5, False),
+        "table2_w2a16": (40, 1, 5e-3, 0.5, False),
+        "table2_w4a4": (20, 1, 5e-3, 0.5, False),
+        "table6_w2a16": (40, 1, 5e-3, 0.5, False),
+        "table6_w4a4": (20, 0, 1e-3, 0.75, False),
+        "table13_w2a16": (40, 0, 5e-3, 0.5, True),
+    }
+    for name, config in composed.items():
+        if name.endswith("_omniquant"):
+            options, table = config.reconstruction, name.removesuffix("_omniquant")
+            assert options.learning_rates.weight_scale == 1e-2
+            scaling = (options.scaling.learning_rate, options.scaling.alpha, options.scaling.weight_only)
+            assert (options.epochs, options.homologous_weight, *scaling) == added.pop(table, preset), name
+    assert not added
+
+
 def test_what_is_typed_wins():
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         typed = ["experiment=table3b_lora", "rounding=dense_ste", "quant=w2a16", "cbd.window=4", "debug=fast"]
