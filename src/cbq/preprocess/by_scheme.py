@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cbq.errors import InputError
 from cbq.models.families import get_blocks
@@ -35,7 +34,7 @@ class ByScheme(Preprocessing):
     def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
         return self.step(blocks).clips_act_ranges(blocks)
 
-    def notes(self, model: PreTrainedModel) -> list[str]:
+    def notes(self, model: nn.Module) -> list[str]:
         return self.step(get_blocks(model)).notes(model)
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cbq.errors import InputError
 from cbq.preprocess.step import Preprocessing
@@ -36,7 +35,7 @@ class Chain(Preprocessing):
     def clips_act_ranges(self, blocks: nn.ModuleList) -> bool:
         return any(step.clips_act_ranges(blocks) for step in self.steps)
 
-    def notes(self, model: PreTrainedModel) -> list[str]:
+    def notes(self, model: nn.Module) -> list[str]:
         return [line for step in self.steps for line in step.notes(model)]
 
     def apply_(self, model: nn.Module, blocks: nn.ModuleList, segments: torch.Tensor, place: Place = ON_DEVICE) -> None:

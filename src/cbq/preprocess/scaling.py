@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 
 from cbq.errors import InputError, check_flag
 from cbq.models.equivalent import (
@@ -63,7 +62,7 @@ class ChannelScaling(Preprocessing):
                 if linear.weight_quantizer is not None:
                     self.set_range_(linear, inputs)
 
-    def notes(self, model: PreTrainedModel) -> list[str]:
+    def notes(self, model: nn.Module) -> list[str]:
         if any(self.taken(model, block) for block in get_blocks(model)):
             return []
         return [f"preprocess: {type(self).__name__} scales nothing: this model has no channels that it can scale"]

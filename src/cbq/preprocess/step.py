@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cbq.streams.places import ON_DEVICE, Place
 
@@ -28,7 +27,7 @@ class Preprocessing(ABC):
         than the whole range: by default not."""
         return False
 
-    def notes(self, model: PreTrainedModel) -> list[str]:
+    def notes(self, model: nn.Module) -> list[str]:
         """Return what is worth a word of what `apply_` will do to a model, made quantizable, in lines: by default
         nothing."""
         return []
