@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tiny_models import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_file import read_wandb_run
@@ -24,7 +25,7 @@ from cbq.models.loading import embedded_folder
 from cbq.quant.linear import QuantLinear, effective_bits, fuse
 from cbq.quant.scheme import QuantScheme
 from cbq.results import SCHEMA_PATH
-from cbq.run_folder import RunFolder
+from cbq.run_folder import LOG_NAME, RunFolder
 from cbq.tracking.csv_files import read_rows
 
 SMALL = ["tracking.mode=disabled", "report=none", "calibration.num_segments=4", "calibration.segment_tokens=64"]
@@ -396,3 +397,22 @@ def test_what_could_never_be_exported_is_refused_before_any_work(check_export, t
 def test_ranges_that_an_engine_computes_are_not_refused(check_export, overrides):
     with pytest.raises(Work):
         check_export(*overrides)
+
+
+def test_preprocessing_that_changes_nothing_says_so_before_any_work(tmp_path, on_tiny_llama, capsys, monkeypatch):
+    """OPT with its norms at the residual's end, whose channels cannot be scaled: said once, and written to the log."""
+    shutil.copytree(on_tiny_llama[1].removeprefix("model.path="), tmp_path / "opt")
+    tiny_model("opt-norm-after").save_pretrained(tmp_path / "opt")
+    said = []
+
+    def work(*args):
+        said.append(capsys.readouterr().out)
+        raise Work
+
+    monkeypatch.setattr("cbq.evaluation.evaluation.Evaluation.score", work)
+    options = [*on_tiny_llama, f"model.path={tmp_path / 'opt'}", "evaluation.corpora=[]", "quant=w4a4"]
+    with pytest.raises(Work):
+        run(tmp_path / "run", *options, "method=smoothquant")
+    line = "preprocess: SmoothQuant scales nothing: this model has no channels that it can scale"
+    assert " ".join(said[0].split()).count(line) == 1
+    assert " ".join((tmp_path / "run" / LOG_NAME).read_text().split()).count(line) == 1
