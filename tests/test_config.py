@@ -167,13 +167,6 @@ def test_settings_are_flat_and_without_duplicates():
     assert not any("_target_" in key or "_partial_" in key for key in settings)
 
 
-def test_settings_list_what_is_computed_but_not_what_is_listed_elsewhere():
-    settings = flatten(compose("method=signround", "reconstruction.num_steps=1000"))
-    assert settings["rounding.learning_rate"] == settings["reconstruction.learning_rates.weight_scale"] == 1e-3
-    assert "reconstruction.seed" not in settings
-    assert "evaluation.cache_dir" not in settings
-
-
 # As papers and released code say, or methods.md where presets differ: a preset that loses its numbers still
 # runs, and is no rival any more.
 PRESETS = {
@@ -231,14 +224,14 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("method", PRESETS)
-def test_a_preset_is_what_is_documented(method):
+def test_numbers_of_a_preset(method):
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         config = hydra.compose("config", overrides=[f"method={method}"], return_hydra_config=True)
     settings = flatten(config) | dict(config.hydra.runtime.choices)
     assert {key: settings[key] for key in PRESETS[method]} == PRESETS[method]
 
 
-def test_every_preset_is_documented():
+def test_no_preset_is_left_out():
     assert set(PRESETS) == {option.stem for option in OPTIONS if option.parent.name == "method"}
 
 

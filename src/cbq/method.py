@@ -39,10 +39,13 @@ class Method:
         Raises:
             InputError: the scheme quantizes activations, or does not, and the method is not for that.
         """
-        schemes = [scheme, *scheme.overridden()]
         if not self.with_activations:
-            for key, bits in (("qkv_bits", scheme.qkv_bits), *(("act_bits", each.act_bits) for each in schemes)):
+            said = [("act_bits", scheme.act_bits), ("qkv_bits", scheme.qkv_bits)]
+            said += [("overrides' act_bits", each.act_bits) for each in scheme.overridden()]
+            for key, bits in said:
                 if bits != FULL_PRECISION_BITS:
                     raise InputError(f"method={self.name} is for weights only: quant.{key} must be 16, got {bits}")
-        if not self.without_activations and not any(each.quantizes_activations for each in schemes):
+        if not self.without_activations and not any(
+            each.quantizes_activations for each in (scheme, *scheme.overridden())
+        ):
             raise InputError(f"method={self.name} is for activations too: quant.act_bits must be below 16")

@@ -22,7 +22,6 @@ NOT_SETTINGS = {
     "overwrite",
     "save_state",
     "verbosity",
-    "evaluation.cache_dir",
     "hydra",
 }
 NOT_OPTIONS = {"runner", "evaluator", "analyzer", "command", "defaults", "hydra"}
@@ -159,9 +158,8 @@ def unpin_(config: DictConfig, typed: Sequence[str]) -> None:
 def flatten(config: DictConfig, prefix: str = "") -> dict:
     """Return every option of the experiment by its dotted key, as results and W&B list them."""
     flat = {}
-    for key, given in OmegaConf.to_container(config, resolve=False).items():
-        elsewhere = isinstance(given, str) and re.fullmatch(r"\$\{[\w.]+\}", given)  # listed under its own key
-        if key.startswith("_") or elsewhere or prefix + key in NOT_SETTINGS:
+    for key in config:
+        if key.startswith("_") or OmegaConf.is_interpolation(config, key) or prefix + key in NOT_SETTINGS:
             continue
         value = config[key]
         if isinstance(value, DictConfig):

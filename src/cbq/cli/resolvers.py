@@ -77,16 +77,6 @@ def typed_sweep(overrides: Sequence[str], not_named: Sequence[str]) -> str:
     return f"{name[: MAX_SWEEP_NAME - 13]}-{hashlib.sha256(chr(0).join(named).encode()).hexdigest()[:12]}"
 
 
-def reciprocal(value: object) -> float | None:
-    """Return 1 / value, or None where there is none: whoever takes it says what it wants instead.
-
-    Example:
-        >>> reciprocal(200), reciprocal(None), reciprocal(0)
-        (0.005, None, None)
-    """
-    return 1 / value if isinstance(value, int) and value else None
-
-
 def num_workers() -> int:
     """Return how many jobs this machine works on at a time: one a GPU, or one a core where there is none."""
     return len(visible_gpus()) or num_cores()
@@ -113,7 +103,7 @@ def own_gpu() -> str | None:
 
 def register() -> None:
     """Make the functions known to omegaconf, in this process."""
-    for resolver in (folder_name, sweep_folder, reciprocal, num_workers, device_of_job):
+    for resolver in (folder_name, sweep_folder, num_workers, device_of_job):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     # Hydra hands the cache of a sweep to its jobs: they see the name of the sweep's command line, not of their own.
     OmegaConf.register_new_resolver(typed_sweep.__name__, typed_sweep, replace=True, use_cache=True)
