@@ -28,8 +28,8 @@ pytestmark = [
 
 
 def released(script: str, *arguments: object) -> dict[str, torch.Tensor]:
-    """Return the tensors that a script of `released/` writes into its last argument."""
-    subprocess.run([PYTHON, Path(__file__).parent / "released" / script, *arguments], check=True)
+    """Return the tensors that a script of `scripts/engines/` writes into its last argument."""
+    subprocess.run([PYTHON, ROOT / "scripts" / "engines" / script, *arguments], check=True)
     return load_file(arguments[-1])
 
 
