@@ -18,10 +18,10 @@ CONTEXT = 128
 
 @pytest.fixture(scope="session")
 def tiny_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few hundred KB of varied English: the help topics that come with Python."""
+    """Some 60 KB of varied English: the help topics that come with Python."""
     topics = pydoc_data.topics.topics
     path = tmp_path_factory.mktemp("text") / "topics.txt"
-    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:300_000], encoding="utf-8")
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
     return path
 
 

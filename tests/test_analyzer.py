@@ -20,8 +20,13 @@ def data(tmp_path_factory, tiny_llama_folder, tiny_text_file) -> list[str]:
     text = tmp_path_factory.mktemp("text") / "short.txt"
     text.write_text(tiny_text_file.read_text(encoding="utf-8")[:3000], encoding="utf-8")
     return [
-        *("model=hf", f"model.path={tiny_llama_folder}", "calibration=embedded", "calibration.num_segments=2"),
-        *("calibration.segment_tokens=32", f"evaluation.text_path={text}", "evaluation.segment_tokens=64"),
+        *("model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={tiny_text_file}"),
+        *(
+            "calibration.num_segments=2",
+            "calibration.segment_tokens=32",
+            f"evaluation.text_path={text}",
+            "evaluation.segment_tokens=64",
+        ),
     ]
 
 

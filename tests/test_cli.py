@@ -40,9 +40,10 @@ def cbq(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def small(tiny_llama_folder) -> list[str]:
+def small(tiny_llama_folder, tiny_text_file) -> list[str]:
     """The options of a run that takes a second: rounding to nearest, of 4 blocks."""
-    return [*SMALL, "model=hf", f"model.path={tiny_llama_folder}", "calibration=embedded"]
+    own = ["model=hf", f"model.path={tiny_llama_folder}", "calibration=text", f"calibration.path={tiny_text_file}"]
+    return [*SMALL, *own]
 
 
 @pytest.mark.parametrize(

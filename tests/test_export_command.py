@@ -18,13 +18,13 @@ TOKENS = torch.randint(320, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def run_folder(command, tiny_llama_folder, tmp_path_factory) -> Path:
+def run_folder(command, tiny_llama_folder, tiny_text_file, tmp_path_factory) -> Path:
     """A run of the tiny LLaMA, learned for a moment, and exported: W4A4 for transformers."""
     folder = tmp_path_factory.mktemp("runs") / "w4a4"
     words = [
         *("model=hf", f"model.path={tiny_llama_folder}", "quant=w4a4", "target=transformers", "rounding=dense_ste"),
         *("reconstruction.epochs=1", "tracking.mode=disabled", "report=none"),
-        *("calibration=embedded", "evaluation=embedded"),
+        *("calibration=text", f"calibration.path={tiny_text_file}", "evaluation=embedded"),
         *("calibration.num_segments=2", "calibration.segment_tokens=32", "evaluation.corpora=[]"),
         *("export=compressed_tensors", "export.verify_segments=1", f"hydra.run.dir={folder}"),
     ]
@@ -57,11 +57,14 @@ def test_the_command_writes_the_same(command, run_folder, tmp_path, capsys):
         assert (out / name).read_bytes() == (run_folder / "export" / name).read_bytes()
 
 
-def test_an_inexact_export_is_told_apart_from_the_model_of_the_run(command, tiny_llama_folder, tmp_path, capsys):
+def test_an_inexact_export_is_told_apart_from_the_model_of_the_run(
+    command, tiny_llama_folder, tiny_text_file, tmp_path, capsys
+):
     """By the run, which has it in memory, and by the command, which loads it: the same figures."""
     folder, out = tmp_path / "run", tmp_path / "again"
     words = ["model=hf", f"model.path={tiny_llama_folder}", "quant=w8a8", "target=vllm", "method=rtn"]
-    words += ["tracking.mode=disabled", "report=none", "calibration=embedded", "calibration.num_segments=2"]
+    words += ["tracking.mode=disabled", "report=none", "calibration.num_segments=2"]
+    words += ["calibration=text", f"calibration.path={tiny_text_file}"]
     words += [
         "calibration.segment_tokens=32",
         "evaluation=embedded",

@@ -99,12 +99,15 @@ def test_a_module_in_the_folder_of_somebody_else_is_not_run(tmp_path):
     assert not (tmp_path / "planted").exists()
 
 
-def test_a_run_with_an_export_elsewhere_is_reproduced(command, tiny_llama_folder, tmp_path, monkeypatch):
+def test_a_run_with_an_export_elsewhere_is_reproduced(
+    command, tiny_llama_folder, tiny_text_file, tmp_path, monkeypatch
+):
     """The copy's export is in its own folder: that of the run is there already, and stays as it is."""
     run, out = tmp_path / "run", tmp_path / "for vllm"
     words = [
         *("model=hf", f"model.path={tiny_llama_folder}", "quant=w4a16", "target=transformers", "reconstruction=none"),
-        *("calibration=embedded", "calibration.num_segments=2", "calibration.segment_tokens=32", "evaluation=none"),
+        *("calibration=text", f"calibration.path={tiny_text_file}", "calibration.num_segments=2"),
+        *("calibration.segment_tokens=32", "evaluation=none"),
         *("tracking.mode=disabled", "report=none", "export=compressed_tensors", "export.verify=false"),
     ]
     assert command(*words, f"++export.out={quote(str(out))}", f"hydra.run.dir={run}") == 0

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import pydoc_data.topics
 import random
 import shutil
 import time
@@ -29,9 +30,10 @@ def tokenizer(tiny_llama_folder: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="module")
-def documents(tiny_text_file: Path) -> dict[str, list[str]]:
-    """Help topics of all lengths; train and test share none."""
-    paragraphs = tiny_text_file.read_text(encoding="utf-8").split("\n\n")
+def documents() -> dict[str, list[str]]:
+    """Paragraphs of Python's help topics, of all lengths; train and test share none."""
+    topics = pydoc_data.topics.topics
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     return {"train": paragraphs[:600], "test": paragraphs[600:1000]}
 
 
