@@ -108,6 +108,7 @@ def small(tiny_llama_folder, tiny_text_file) -> list[str]:
         (["reconstruction.num_steps=9"], "must be null, the other not, got 3 and 9"),
         (["method=signround", "reconstruction.epochs=5"], "must be null, the other not, got 5 and 200"),
         (["reconstruction.keep_best=no"], "reconstruction.keep_best must be true or false"),
+        (["reconstruction.act_range_gradient=1"], "reconstruction.act_range_gradient must be true or false"),
         (["debug=profil"], "'debug/profil' does not exist: it must be one of fast, none, profile"),
         (["debug=profile", "debug.profile.batch=1"], "did you mean debug.profile.batches?"),
         (["debug=profile", "debug.profile.skip=-1"], "debug.profile.skip must be an integer of at least 0"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cbq.errors import InputError
-from cbq.quant.quantizer import ActQuantizer, WeightQuantizer
+from cbq.quant.quantizer import ActQuantizer, WeightQuantizer, gradients_through_ranges
 from cbq.quant.rounding import Nearest
 
 
@@ -117,19 +117,42 @@ def test_act_gradients(symmetric):
     assert (x.grad != 0).any(-1).all(), "every token gets a gradient"
 
 
+@pytest.mark.parametrize("through_ranges", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradient_through_the_range_of_each_token(symmetric, through_ranges):
+    """As of the same formulas in plain torch, with the ends of the range held fixed or not."""
+    x, weight = random_tensor(5, 16).requires_grad_(), random_tensor(5, 16)
+    quantizer = ActQuantizer(4, symmetric)
+    with gradients_through_ranges([quantizer], through_ranges):
+        (quantizer(x) * weight).sum().backward()
+    assert quantizer.range_gradient is False, "as before"
+
+    plain = x.detach().clone().requires_grad_()
+    ends = plain if through_ranges else plain.detach()
+    low, high = ends.min(-1, keepdim=True).values, ends.max(-1, keepdim=True).values
+    scale = torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15
+    zero_point = 8.0 if symmetric else (-low / scale).detach().round()
+    steps = plain / scale
+    integers = (steps + (steps.round() - steps).detach() + zero_point).clamp(0, 15)
+    ((integers - zero_point) * scale * weight).sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtype_is_kept(dtype):
     assert ActQuantizer(8)(random_tensor(2, 4).to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("through_ranges", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_zero_token_stays_zero(dtype, symmetric):
+def test_zero_token_stays_zero(dtype, symmetric, through_ranges):
     x = random_tensor(3, 8).to(dtype)
     x[1] = 0
     x.requires_grad_()
     quantizer = ActQuantizer(4, symmetric)
-    output = quantizer(x)
+    with gradients_through_ranges([quantizer], through_ranges):
+        output = quantizer(x)
     output.sum().backward()
     assert (output[1] == 0).all()
     assert output.isfinite().all()

@@ -4,6 +4,7 @@ import copy
 
 import hydra
 import lightning as L
+import pytest
 import torch
 from hydra.utils import instantiate
 from torch import nn
@@ -13,7 +14,8 @@ from cbq.quant.linear import quant_linears
 from cbq.quant.scheme import QuantScheme
 from cbq.reconstruction.windows import SlidingWindows
 
-BITS, STEPS, RATE = 2, 6, 5e-3
+STEPS, RATE = 6, 5e-3
+Value = torch.Tensor | float
 
 
 class RoundAsIdentity(torch.autograd.Function):
@@ -26,12 +28,15 @@ class RoundAsIdentity(torch.autograd.Function):
         return gradient
 
 
-def quantized(weight: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """Cheng et al. (2023), Eq. 2 to 4: the scale is (max(W) alpha - min(W) beta) / (2^b - 1)."""
-    high, low = weight.amax(1, keepdim=True).clamp(min=0) * alpha, weight.amin(1, keepdim=True).clamp(max=0) * beta
-    scale = (high - low) / (2**BITS - 1)
+def quantized(x: torch.Tensor, bits: int, v: Value = 0.0, alpha: Value = 1.0, beta: Value = 1.0) -> torch.Tensor:
+    """Cheng et al. (2023), Eq. 2 to 4: the scale is (max(W) alpha - min(W) beta) / (2^b - 1).
+
+    Of inputs likewise, token by token, with nothing to learn: all of it passes a gradient on.
+    """
+    high, low = x.amax(-1, keepdim=True).clamp(min=0) * alpha, x.amin(-1, keepdim=True).clamp(max=0) * beta
+    scale = (high - low) / (2**bits - 1)
     zero_point = RoundAsIdentity.apply(-low / scale)
-    integers = (RoundAsIdentity.apply(weight / scale + v) + zero_point).clamp(0, 2**BITS - 1)
+    integers = (RoundAsIdentity.apply(x / scale + v) + zero_point).clamp(0, 2**bits - 1)
     return scale * (integers - zero_point)
 
 
@@ -45,12 +50,13 @@ class Batches(L.Callback):
         self.inputs.append(batch[0].clone())
 
 
-def test_a_block_is_learned_as_written_out(make_setup, tiny_llama):
+@pytest.mark.parametrize(("bits", "act_bits"), [(2, 16), (4, 4)])
+def test_a_block_is_learned_as_written_out(bits, act_bits, make_setup, tiny_llama):
     """Same batches in the same order: the same offsets and clipping factors, and the same best step."""
     overrides = ["method=signround", "reconstruction.num_steps=6", "reconstruction.batch_size=4"]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         solver = instantiate(hydra.compose("config", overrides=overrides).reconstruction)
-    setup = make_setup(QuantScheme(BITS, 16))
+    setup = make_setup(QuantScheme(bits, act_bits))
     batches = Batches()
     solver.solve(SlidingWindows(1).plan(4)[0], setup.cache, [batches])
 
@@ -60,15 +66,19 @@ def test_a_block_is_learned_as_written_out(make_setup, tiny_llama):
         name: [torch.zeros_like(linear.weight), *(torch.ones(linear.out_features, 1) for _ in range(2))]
         for name, linear in linears.items()
     }
+    exact = copy.deepcopy(block)
+    if act_bits < 16:
+        for linear in linears.values():
+            linear.register_forward_pre_hook(lambda module, args: quantized(args[0], act_bits))
     smallest, best = float("inf"), None
     for step, inputs in enumerate(batches.inputs):
         parameters = [tensor.requires_grad_() for tensors in learned.values() for tensor in tensors]
         weights = {
-            f"{name}.weight": quantized(linear.weight, v.clamp(-0.5, 0.5), alpha, beta)
+            f"{name}.weight": quantized(linear.weight, bits, v.clamp(-0.5, 0.5), alpha, beta)
             for (name, linear), (v, alpha, beta) in zip(linears.items(), learned.values(), strict=True)
         }
         output = torch.func.functional_call(block, weights, (inputs, *call.args), call.kwargs)
-        loss = ((output - block(inputs, *call.args, **call.kwargs)) ** 2).mean()
+        loss = ((output - exact(inputs, *call.args, **call.kwargs)) ** 2).mean()
         if loss.item() < smallest:
             smallest = loss.item()
             best = {name: [tensor.detach().clone() for tensor in tensors] for name, tensors in learned.items()}

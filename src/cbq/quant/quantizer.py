@@ -3,6 +3,9 @@
 Shapes: O out_features, I in_features, G groups a row, g group size, T tokens.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -164,6 +167,7 @@ class ActQuantizer(nn.Module):
 
     Attributes:
         clip_ratio: share of the range that preprocessing leaves, (); 1 at the start. Never learned.
+        range_gradient: whether a gradient also reaches x through each token's range. Set by `gradients_through_ranges`.
 
     Source: S_X of Eq. 5 and 9; per-token granularity of section 5.1.
     Note: with a dynamic range there is no fixed step size to learn, so S_X is a multiplier on each token's step size,
@@ -182,6 +186,7 @@ class ActQuantizer(nn.Module):
         self.quant_max = self.quant_min + 2**bits - 1
         self.register_buffer("clip_ratio", torch.ones(()))
         self.range_multiplier = nn.Parameter(torch.ones(()))
+        self.range_gradient = False
         self.kernels: Kernels = Blocked()
 
     @property
@@ -208,7 +213,7 @@ class ActQuantizer(nn.Module):
 
     def quantize(self, x: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
         """Return x (..., T, I) quantized and dequantized with step sizes `multiplier` times those of its range."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.range_gradient and torch.is_grad_enabled()):
             scale, zero_point = self.qparams(x)
         # One row for each step size: a token, or all of a tensor.
         rows, scale = x.reshape(scale.numel(), -1), (scale * multiplier).view(-1, 1, 1)
@@ -257,6 +262,19 @@ def act_quantizers(modules: nn.Module | list[nn.Module]) -> list[ActQuantizer]:
     """Return every activation quantizer in or below `modules`, in order."""
     modules = [modules] if isinstance(modules, nn.Module) else modules
     return [child for module in modules for child in module.modules() if isinstance(child, ActQuantizer)]
+
+
+@contextmanager
+def gradients_through_ranges(quantizers: Iterable[ActQuantizer], wanted: bool) -> Iterator[None]:
+    """Let gradients also reach activations through each token's range, or not, and as before at the end."""
+    before = [(quantizer, quantizer.range_gradient) for quantizer in quantizers]
+    for quantizer, _ in before:
+        quantizer.range_gradient = wanted
+    try:
+        yield
+    finally:
+        for quantizer, old in before:
+            quantizer.range_gradient = old
 
 
 ACT_QUANTIZERS: dict[str, type[ActQuantizer]] = {"token": ActQuantizer, "tensor": StaticActQuantizer}

@@ -14,7 +14,7 @@ from cbq.errors import InputError, check_flag, check_number, check_seed
 from cbq.models.families import find_family
 from cbq.quant.kernels import check_compile, choose_kernels, run_by
 from cbq.quant.linear import QuantLinear, quant_linears
-from cbq.quant.quantizer import act_quantizers
+from cbq.quant.quantizer import act_quantizers, gradients_through_ranges
 from cbq.quant.rounding import Rounding
 from cbq.quant.state import Quantized, QuantState, quant_state, quantized_modules
 from cbq.quant.step_size import ScaleMultiplier, StepSize
@@ -59,6 +59,7 @@ class Reconstruction(WindowSolver):
         hard_start: share of the steps after which rounding is hard; beta reaches beta_end there.
         homologous_weight: see `WindowModule`.
         restart: learn a block in an overlap anew instead of going on from what the previous window learned.
+        act_range_gradient: whether the gradient of quantized activations also passes through each token's range.
         keep_best: end with what the smallest batch's loss was measured on, among the steps with hard rounding.
         compile: fake quantization by `torch.compile`: true, false, or auto (see `choose_kernels`).
         seed: of the order of the segments.
@@ -89,6 +90,7 @@ class Reconstruction(WindowSolver):
         hard_start: float = 0.3333,
         homologous_weight: float = 0.0,
         restart: bool = False,
+        act_range_gradient: bool = False,
         keep_best: bool = False,
         compile: bool | str = "auto",
         seed: int = 0,
@@ -114,6 +116,7 @@ class Reconstruction(WindowSolver):
         }.items():
             check_number(key, value)
         check_flag("reconstruction.restart", restart)
+        check_flag("reconstruction.act_range_gradient", act_range_gradient)
         check_flag("reconstruction.keep_best", keep_best)
         check_seed("seed", seed)
         check_compile(compile)
@@ -140,6 +143,7 @@ class Reconstruction(WindowSolver):
         self.homologous_weight = homologous_weight
         self.num_streams = 3 if homologous_weight else 2  # of hidden states at one time
         self.restart = restart
+        self.act_range_gradient = act_range_gradient
         self.compile = compile
         self.seed = seed
         self.hardening = HardRounding(hard_start)
@@ -272,7 +276,8 @@ class Reconstruction(WindowSolver):
             # Lightning's own use of torch, not ours.
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             try:
-                with run_by(module.quantizers, kernels):
+                ranges = gradients_through_ranges(act_quantizers(list(module.blocks)), self.act_range_gradient)
+                with run_by(module.quantizers, kernels), ranges:
                     trainer.fit(module, cache.place.feed(loader, cache.device))
             except SystemExit:  # what Lightning makes of Ctrl-C, leaving the signal ignored
                 signal.signal(signal.SIGINT, signal.default_int_handler)
