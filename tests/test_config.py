@@ -220,6 +220,7 @@ PRESETS = {
         "reconstruction": "best",
         "rounding": "dense_ste",
         "reconstruction.num_steps": 180,
+        "reconstruction.act_range_gradient": True,
         "cbd.overlap": None,  # 1
     },
 }

@@ -57,13 +57,14 @@ def choose_qparams_affine(
         1.0
     """
     steps = 2**bits - 1
-    values = values.float()
+    # Not aminmax: over a dimension it is nine times as slow as the two together on a CPU. Both ends are exact in every
+    # dtype: no copy in float32 is made, or kept for a gradient.
+    low, high = (end.float() for end in (values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)))
     if symmetric:
-        largest = values.abs().amax(-1, keepdim=True)
+        largest = torch.maximum(-low, high)
         scale = (largest / (denominator or steps / 2)).clamp_min(SMALLEST_SCALE)
         return scale, torch.full_like(scale, quant_min + 2 ** (bits - 1))
-    # Not aminmax: over a dimension it is nine times as slow as the two together on a CPU.
-    low, high = values.amin(-1, keepdim=True).clamp_max(0), values.amax(-1, keepdim=True).clamp_min(0)
+    low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / steps).clamp_min(SMALLEST_SCALE)
     return scale, (quant_min - low / scale).clamp(quant_min, quant_min + steps).round()
 
