@@ -18,7 +18,7 @@ from cbq.reconstruction.losses import ReconstructionLoss
 
 
 def output_error(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Return what a change of a weight does to the outputs, squared, summed over outputs and inputs: tr(C H C^T).
+    """Return what a change of a weight does to each output, squared, summed over inputs: the diagonal of C H C^T, (O,).
 
     Args:
         change: C, (O, I), differentiable.
@@ -27,11 +27,11 @@ def output_error(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     Example:
         >>> x = torch.tensor([[1.0], [2.0]])
         >>> output_error(torch.tensor([[3.0, 1.0]]), x @ x.T)  # (3 * 1 + 1 * 2)^2
-        tensor(25.)
+        tensor([25.])
     """
     product = change.detach() @ gram
     # The gradient is 2 C H: the product at hand, so that the backward needs none of its own.
-    return (product * (2 * change - change.detach())).sum()
+    return (product * (2 * change - change.detach())).sum(-1)
 
 
 class LinearAdaRound(LinearByLinear):
@@ -52,11 +52,11 @@ class LinearAdaRound(LinearByLinear):
         InputError: a value is out of range.
 
     Source: Nagel et al. (2020), arXiv 2004.10568, Eq. 21 to 25.
-    Note: the loss is a share of round-to-nearest's, so that one compensation weight serves all linears and all bits: a
-        weight moved by one step s adds s^2 H_jj, round-to-nearest of the O I weights about O I s^2 mean(H_jj) / 12.
-        Between its two integers a weight then meets a curvature of 24 / (O I) H_jj / mean(H_jj) of the loss, and at
-        beta 2 one of -8 / (O I) times the compensation weight: 100 drives it to an end for inputs of up to 33 times
-        the mean square.
+    Note: the loss is a share of round-to-nearest's, each output's of its own and averaged, so that one compensation
+        weight serves all outputs, linears and bits: a weight moved by one step s adds s^2 H_jj, round-to-nearest of the
+        I weights of its output about I s^2 mean(H_jj) / 12. Between its two integers a weight then meets a curvature of
+        24 / (O I) H_jj / mean(H_jj) of the loss, and at beta 2 one of -8 / (O I) times the compensation weight: 100
+        drives it to an end for inputs of up to 33 times the mean square.
         The target is W x on the quantized stream's x, not on full precision's, and there is no activation function
         after it (the paper's Eq. 25 has both): so the loss is a function of the Gram matrix, exact at every step, and
         no inputs are kept.
@@ -90,14 +90,18 @@ class LinearAdaRound(LinearByLinear):
         quantizer, weight = linear.weight_quantizer, linear.weight.float()
         rounding = self.rounding(linear.out_features, linear.in_features).to(weight.device)
         nearest = quantizer(weight, Nearest(linear.out_features, linear.in_features))
-        unit = output_error((nearest - weight).double(), gram)
-        shares = (gram / unit).float()  # not finite where there is nothing to gain, or too little for a float
-        if shares.isfinite().all() and rounding.learning_rate and list(rounding.parameters()):
+        errors = output_error((nearest - weight).double(), gram)
+        largest = gram.diagonal().amax()
+        units = (errors / largest).float()
+        # Not finite where there is nothing to gain, or too little for a float: such an output stays as it is.
+        shares = units.reciprocal().nan_to_num(0, 0, 0)
+        if shares.any() and rounding.learning_rate and list(rounding.parameters()):
             kernels = choose_kernels("auto", weight.device, weight.numel(), self.num_steps)
             with torch.enable_grad(), run_by([quantizer], kernels):
-                self._learn_(rounding, quantizer, weight, shares)
+                self._learn_(rounding, quantizer, weight, (gram / largest).float(), shares)
             rounding.harden_()
-            if not output_error((quantizer(weight, rounding) - weight).double(), gram) <= unit:  # also if it is none
+            learned = output_error((quantizer(weight, rounding) - weight).double(), gram)
+            if not learned.sum() <= errors.sum():  # also if it is no number
                 self.notes.append("a linear kept round-to-nearest: its learned rounding was worse")
                 rounding = self.rounding(linear.out_features, linear.in_features).to(weight.device)
         rounding.harden_()
@@ -106,14 +110,22 @@ class LinearAdaRound(LinearByLinear):
     def roundings(self, linear: QuantLinear) -> list[Rounding]:
         return [self.rounding(linear.out_features, linear.in_features)]
 
-    def _learn_(self, rounding: Rounding, quantizer: WeightQuantizer, weight: torch.Tensor, gram: torch.Tensor) -> None:
+    def _learn_(
+        self,
+        rounding: Rounding,
+        quantizer: WeightQuantizer,
+        weight: torch.Tensor,
+        gram: torch.Tensor,
+        shares: torch.Tensor,
+    ) -> None:
         """Take all steps of one linear.
 
         Args:
             rounding: starts at round-to-nearest.
             quantizer: the linear's.
             weight: (O, I), float32.
-            gram: in the unit that makes round-to-nearest's output error 1, (I, I), float32.
+            gram: in any unit, (I, I), float32.
+            shares: makes an output's error a share of round-to-nearest's, (O,), float32; 0 where it is not to change.
         """
         optimizer = torch.optim.Adam(rounding.parameters(), lr=rounding.learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
@@ -122,7 +134,7 @@ class LinearAdaRound(LinearByLinear):
             if progress >= self.hard_start:
                 rounding.harden_()
             rounding.beta = self.annealing.beta(progress)
-            loss = output_error(quantizer(weight, rounding) - weight, gram)
+            loss = (output_error(quantizer(weight, rounding) - weight, gram) * shares).mean()
             penalty = rounding.penalty()
             if penalty is not None:
                 loss = loss + self.compensation_weight * penalty
