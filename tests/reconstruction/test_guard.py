@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from cbq.quant.linear import fuse_linears_, quant_linears
+from cbq.quant.quantizer import act_quantizers
 from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.step_size import ScaleMultiplier, SigmoidClipping
 from cbq.reconstruction.losses import ReconstructionLoss
 from cbq.reconstruction.none import NoReconstruction
+from cbq.reconstruction.scaling import LearnedScaling
 from cbq.reconstruction.windows import SlidingWindows
 
 W4A4 = QuantScheme(4, 4)
@@ -140,6 +142,36 @@ def test_a_range_cut_off_too_far_is_covered_whole_again(make_setup, make_solver)
         values = linear.weight_quantizer(linear.weight, linear.rounding)
         step = linear.weight_quantizer.initial_scale.squeeze(-1)
         assert ((values - linear.weight).abs() <= 0.51 * step + 1e-6).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_activations_cut_off_too_far_are_covered_whole_again(make_setup, make_solver, granularity) -> None:
+    """Likewise; the loss that is reported is that of what is left."""
+    setup = make_setup(QuantScheme(8, 8, act_granularity=granularity))
+    for quantizer in act_quantizers(list(setup.blocks)):
+        quantizer.set_range_(torch.tensor(-4.0), torch.tensor(4.0))
+        quantizer.clip_ratio.fill_(0.1)
+    solver = make_solver(weight_scale=0.0, act_scale=0.0, learning_rate=1e-6)
+    result = solver.solve(WINDOWS[0], setup.cache, [])
+    assert "fell back to round-to-nearest" in result.guard
+    found = solver.measure(WINDOWS[0], setup.cache, setup.cache.full_precision)  # which is at the window's end
+    assert found == pytest.approx(result.rec_loss_rtn, rel=1e-5)
+
+
+def test_ranges_under_learned_scales_are_covered_whole_again(make_setup, make_solver) -> None:
+    """Folding the scales into the weights does not bring the cut back."""
+    setup = make_setup(QuantScheme(8, 8))
+    for linear in quant_linears(setup.blocks):
+        linear.weight_quantizer.set_range_(linear.weight.clamp(-0.05, 0.05))
+    solver = make_solver(
+        weight_scale=0.0, act_scale=0.0, learning_rate=1e-6, scaling=LearnedScaling(learning_rate=1e-6)
+    )
+    result = solver.solve(WINDOWS[0], setup.cache, [])
+    assert "fell back to round-to-nearest" in result.guard
+    for linear in quant_linears(list(setup.blocks[:2])):
+        low, high = linear.weight_quantizer.covered_shares(linear.weight)
+        assert low.min() > 0.99
+        assert high.min() > 0.99
 
 
 def test_a_block_learned_before_is_kept_where_that_is_better(make_setup, make_solver) -> None:

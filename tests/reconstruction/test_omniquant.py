@@ -153,21 +153,23 @@ class Order(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("weight_bits", "act_bits", "index", "homologous_weight"),
-    [(2, 16, 0, 0.0), (2, 16, 1, 1.0), (4, 4, 1, 0.0)],
+    ("weight_bits", "act_bits", "index", "homologous_weight", "steps"),
+    [(2, 16, 0, 0.0, 8), (2, 16, 1, 1.0, 8), (4, 4, 1, 0.0, 4)],  # in more a last bit may round an input the other way
     ids=["clipping", "clipping, two targets", "clipping and scales"],
 )
-def test_a_block_is_learned_as_written_out(make_setup, tiny_llama, weight_bits, act_bits, index, homologous_weight):
+def test_a_block_is_learned_as_written_out(
+    make_setup, tiny_llama, weight_bits, act_bits, index, homologous_weight, steps
+):
     """Same batches in the same order: the same clipping, the same scales, the same loss and output."""
-    overrides = ["method=omniquant", "reconstruction.epochs=1", f"reconstruction.homologous_weight={homologous_weight}"]
-    overrides += ["seed=1"]  # in some orders a last bit rounds an input the other way, or the guard goes back
+    overrides = ["method=omniquant", "reconstruction.epochs=null", f"reconstruction.num_steps={steps}"]
+    overrides += [f"reconstruction.homologous_weight={homologous_weight}"]
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         solver = instantiate(hydra.compose("config", overrides=overrides).reconstruction)
     setup, order = make_setup(QuantScheme(weight_bits, act_bits)), Order()
     setup.solve(solver, SlidingWindows(1), [], num_windows=index)
     result = solver.solve(SlidingWindows(1).plan(4)[index], setup.cache, [order])
     assert result.guard is None
-    assert sorted(order.segments) == list(range(8))
+    assert len(set(order.segments)) == steps
 
     with torch.no_grad():
         targets = tiny_llama(setup.segments, output_hidden_states=True).hidden_states[index + 1]
@@ -182,10 +184,10 @@ def test_a_block_is_learned_as_written_out(make_setup, tiny_llama, weight_bits, 
         step_size = solved.get_submodule(name).weight_quantizer.step_size
         for ours, theirs in zip((step_size.lower, step_size.upper), bounds, strict=True):
             torch.testing.assert_close(ours.view_as(theirs), theirs, rtol=0, atol=1e-5)
-            assert (theirs - START).abs().max() > 5 * CLIPPING_RATE
+            assert (theirs - START).abs().max() > 0.6 * steps * CLIPPING_RATE
     for name, weight in plain.weights().items():  # the scales are in them
         torch.testing.assert_close(solved.get_parameter(name), weight, rtol=1e-5, atol=1e-6)
-        assert (act_bits < 16) == bool((weight / start[name] - 1).abs().max() > 5 * SCALE_RATE)
+        assert (act_bits < 16) == bool((weight / start[name] - 1).abs().max() > 0.6 * steps * SCALE_RATE)
     with torch.no_grad():
         output, expected = setup.cache.run_blocks(index, index + 1, inputs), plain(inputs)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)

@@ -96,7 +96,8 @@ class WindowScaling(nn.Module):
         self.pairs: list[tuple[nn.Module, ScalingPair, ChannelScale]] = []
         self.channel_scales = nn.ModuleList()
         self.hooks = []
-        self.shares: dict[QuantLinear, tuple[torch.Tensor, torch.Tensor]] = {}  # of weights' ranges that are covered
+        # Of weights' ranges that are covered; None is all.
+        self.shares: dict[QuantLinear, tuple[torch.Tensor, torch.Tensor] | None] = {}
         for block, maxima in zip(self.blocks, input_maxima(window, cache), strict=True):
             for pair in scaling_pairs(cache.config, block):
                 consumers = [block.get_submodule(name) for name in pair.consumers]
@@ -131,6 +132,10 @@ class WindowScaling(nn.Module):
         """Let every scale be 1."""
         for scale in self.channel_scales:
             nn.init.zeros_(scale.logarithm)
+
+    def cover_all_(self) -> None:
+        """Let grids cover the whole range of their weights from now on."""
+        self.shares = dict.fromkeys(self.shares)
 
     @torch.no_grad()
     def fold_(self) -> None:

@@ -59,7 +59,8 @@ class Reconstruction(WindowSolver):
         hard_start: share of the steps after which rounding is hard; beta reaches beta_end there.
         homologous_weight: see `WindowModule`.
         restart: learn a block in an overlap anew instead of going on from what the previous window learned.
-        act_range_gradient: whether the gradient of quantized activations also passes through each token's range.
+        act_range_gradient: whether the gradient of quantized activations also passes through each token's range. A
+            static range (quant.act_granularity=tensor) has none.
         keep_best: end with what the smallest batch's loss was measured on, among the steps with hard rounding.
         compile: fake quantization by `torch.compile`: true, false, or auto (see `choose_kernels`).
         seed: of the order of the segments.
@@ -210,6 +211,9 @@ class Reconstruction(WindowSolver):
             restore_(module, self.finite_steps.start)  # what is no rounding
             if scaling:
                 scaling.reset_()
+                scaling.cover_all_()
+            for quantizer in act_quantizers(list(module.blocks)):
+                quantizer.clip_ratio.fill_(1)
             for linear in quant_linears(list(module.blocks)):
                 if linear.weight_quantizer is not None:
                     linear.weight_quantizer.set_range_(linear.weight)
