@@ -283,13 +283,20 @@ def test_a_failed_start_never_removes_a_finished_run(cbq, small, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "sweep" / "cell").rglob("*") if path.is_file()} == before
 
 
+def cells_by(folder: Path, key: str) -> dict[object, Path]:
+    """Return the results of all runs below a folder by one of their settings, in its order."""
+    found = {json.loads(path.read_text())["settings"][key]: path for path in folder.rglob("results.json")}
+    return dict(sorted(found.items()))
+
+
 def test_a_table_goes_on_where_it_was_left(cbq, small, tmp_path):
     """The same command again: finished cells are skipped, a cell that was interrupted runs anew."""
     table = ["-m", *small, "experiment=glob(table15_*)"]
     assert cbq(*table)[0] == 0
-    cells = sorted((tmp_path / "multirun" / "table15").rglob("results.json"))
+    cells = cells_by(tmp_path / "multirun" / "table15", "experiment")
+    assert list(cells) == ["table15_cbd", "table15_cfp"]
+    cells = list(cells.values())
     first = [path.read_text() for path in cells]
-    assert [json.loads(text)["settings"]["experiment"] for text in first] == ["table15_cbd", "table15_cfp"]
     cells[0].write_text(first[0].replace('"finished"', '"running"'))
     code, output, _ = cbq(*table)
     assert code == 0
@@ -302,9 +309,10 @@ def test_a_sweep_goes_on_where_it_was_left(cbq, small, tmp_path):
     """Also without experiments, and typed in another order."""
     sweep = [*small, "cbd.window=1,2"]
     assert cbq("-m", *sweep)[0] == 0
-    cells = sorted((tmp_path / "multirun").glob("*/*/results.json"))
+    cells = cells_by(tmp_path / "multirun", "cbd.window")
+    assert list(cells) == [1, 2]
+    cells = list(cells.values())
     first = [path.read_text() for path in cells]
-    assert [json.loads(text)["settings"]["cbd.window"] for text in first] == [1, 2]
     cells[0].write_text(first[0].replace('"finished"', '"running"'))
     code, output, _ = cbq("-m", "verbosity=quiet", *reversed(sweep))
     assert (code, output.count("already finished")) == (0, 1)
