@@ -4,10 +4,12 @@ Shapes: E experts, H hidden, F feed-forward, T tokens, K experts a token, O out_
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
+
+from cbq.attributes import temporarily
 
 
 class Expert(nn.Module):
@@ -76,17 +78,9 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
     return linear
 
 
-@contextmanager
-def every_token(blocks: nn.Module) -> Iterator[None]:
+def every_token(blocks: nn.Module) -> AbstractContextManager[None]:
     """Let each expert of the blocks run on all tokens inside: statistics then miss none."""
-    found = [module for module in blocks.modules() if isinstance(module, Experts)]
-    for experts in found:
-        experts.every_token = True
-    try:
-        yield
-    finally:
-        for experts in found:
-            experts.every_token = False
+    return temporarily([module for module in blocks.modules() if isinstance(module, Experts)], "every_token", True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Shapes: R rows, I features a row, G groups a row, g group size (G * g = I).
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from cbq.attributes import temporarily
 from cbq.errors import InputError
 from cbq.quant.formulas import Formula, Grid
 from cbq.quant.logits import Fusion, LogitsSource
@@ -229,14 +230,6 @@ class HasKernels(Protocol):
     kernels: Kernels
 
 
-@contextmanager
-def run_by(quantizers: Iterable[HasKernels], kernels: Kernels) -> Iterator[None]:
+def run_by(quantizers: Iterable[HasKernels], kernels: Kernels) -> AbstractContextManager[None]:
     """Let `kernels` run the formulas of some quantizers, and what ran them before again at the end."""
-    before = [(quantizer, quantizer.kernels) for quantizer in quantizers]
-    for quantizer, _ in before:
-        quantizer.kernels = kernels
-    try:
-        yield
-    finally:
-        for quantizer, old in before:
-            quantizer.kernels = old
+    return temporarily(quantizers, "kernels", kernels)

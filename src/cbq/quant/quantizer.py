@@ -3,12 +3,13 @@
 Shapes: O out_features, I in_features, G groups a row, g group size, T tokens.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from cbq.attributes import temporarily
 from cbq.errors import InputError
 from cbq.quant.affine import (
     choose_qparams_affine,
@@ -264,17 +265,9 @@ def act_quantizers(modules: nn.Module | list[nn.Module]) -> list[ActQuantizer]:
     return [child for module in modules for child in module.modules() if isinstance(child, ActQuantizer)]
 
 
-@contextmanager
-def gradients_through_ranges(quantizers: Iterable[ActQuantizer], wanted: bool) -> Iterator[None]:
+def gradients_through_ranges(quantizers: Iterable[ActQuantizer], wanted: bool) -> AbstractContextManager[None]:
     """Let gradients also reach activations through each token's range, or not, and as before at the end."""
-    before = [(quantizer, quantizer.range_gradient) for quantizer in quantizers]
-    for quantizer, _ in before:
-        quantizer.range_gradient = wanted
-    try:
-        yield
-    finally:
-        for quantizer, old in before:
-            quantizer.range_gradient = old
+    return temporarily(quantizers, "range_gradient", wanted)
 
 
 ACT_QUANTIZERS: dict[str, type[ActQuantizer]] = {"token": ActQuantizer, "tensor": StaticActQuantizer}

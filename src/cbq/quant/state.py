@@ -1,10 +1,11 @@
 """What quantized modules compute with: full precision is a state of a module, not a second copy of the model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import Enum
 
 from torch import nn
+
+from cbq.attributes import temporarily
 
 
 class QuantState(Enum):
@@ -33,15 +34,6 @@ def quantized_modules(modules: nn.Module | list[nn.Module]) -> list[Quantized]:
     return [child for module in modules for child in module.modules() if isinstance(child, Quantized)]
 
 
-@contextmanager
-def quant_state(modules: nn.Module | list[nn.Module], state: QuantState) -> Iterator[None]:
+def quant_state(modules: nn.Module | list[nn.Module], state: QuantState) -> AbstractContextManager[None]:
     """Put every `Quantized` module in or below `modules` into `state`, and back at the end."""
-    quantized = quantized_modules(modules)
-    before = [module.state for module in quantized]
-    for module in quantized:
-        module.state = state
-    try:
-        yield
-    finally:
-        for module, old in zip(quantized, before, strict=True):
-            module.state = old
+    return temporarily(quantized_modules(modules), "state", state)
