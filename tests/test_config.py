@@ -186,7 +186,7 @@ PRESETS = {
         "reconstruction.warmup": 0.2,
         "reconstruction.beta_start": 20.0,
         "reconstruction.beta_end": 2.0,
-        "reconstruction.compensation_weight": 100.0,
+        "reconstruction.compensation_weight": 400.0,
         "cbd.window": 1,
     },
     "omniquant": {

@@ -328,3 +328,23 @@ def test_a_larger_limit_reaches_farther_integers(weight):
 def test_bad_limits(limit):
     with pytest.raises(InputError, match="must be a number above 0"):
         DenseSTE(6, 16, limit=limit)
+
+
+@pytest.mark.parametrize("kind", LEARNED_KINDS)
+@pytest.mark.parametrize("broken", [False, True], ids=["finite", "not finite"])
+def test_outputs_that_are_reset_are_round_to_nearest_and_others_stay(weight, kind, broken):
+    quantizer, rounding = WeightQuantizer(weight, 2), make(kind)
+    disturb_(rounding, 3.0)
+    rounding.harden_()
+    before = quantizer(weight, rounding)
+    if broken:
+        for parameter in rounding.parameters():
+            parameter.data[0, 0] = float("nan")
+            parameter.data[0, 1] = float("inf")
+    outputs = torch.tensor([True, False, False, True, False, True])
+    outputs |= broken
+    rounding.reset_(outputs)
+    after, nearest = quantizer(weight, rounding), quantizer(weight, Nearest(6, 16))
+    assert torch.equal(after[outputs], nearest[outputs])
+    assert torch.equal(after[~outputs], before[~outputs])
+    assert not torch.equal(before[outputs], nearest[outputs])

@@ -9,7 +9,7 @@ from torch import nn
 
 from cbq.errors import InputError
 from cbq.quant.linear import QuantLinear
-from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, Nearest
+from cbq.quant.rounding import AdaRound, DenseSTE, LoRARounding, LoRASTE, Nearest
 from cbq.quant.scheme import QuantScheme
 from cbq.quant.state import QuantState
 from cbq.reconstruction.linear_adaround import LinearAdaRound, output_error
@@ -99,7 +99,15 @@ def test_an_output_is_learned_as_if_it_were_alone(inputs):
     assert (several.integers() == alone.integers()).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("kind", [AdaRound, DenseSTE, LoRARounding])
+def output_errors(linear: QuantLinear, x: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """Return the squared error of each output for inputs x, (O,), float64, by plain products."""
+    linear.state = state
+    product = linear(x).double()
+    linear.state = QuantState.FULL_PRECISION
+    return (product - linear(x).double()).square().sum(0)
+
+
+@pytest.mark.parametrize("kind", [AdaRound, DenseSTE, LoRARounding, LoRASTE])
 @pytest.mark.parametrize(
     "scheme", [QuantScheme(2, 16), QuantScheme(3, 16, 8), QuantScheme(4, 16, -1, True)], ids=LABELS
 )
@@ -110,6 +118,37 @@ def test_outputs_change_less_than_by_rounding_to_nearest(inputs, scheme, kind):
     linear = solved(scheme, inputs, **({"kind": kind} | options))
     found, nearest = (mean_squared_error(linear, inputs, s) for s in (QuantState.LEARNED, QuantState.NEAREST))
     assert found < (0.7 if kind is AdaRound else 0.95) * nearest
+
+
+@pytest.mark.parametrize("kind", [AdaRound, LoRARounding, LoRASTE])
+def test_no_output_is_worse_than_rounded_to_nearest(inputs, kind):
+    """However few steps: and those that are better keep what they learned."""
+    torch.manual_seed(0)  # the start of A1
+    kind, x = partial(kind, learning_rate=1.0), inputs * torch.tensor([30.0] + [1.0] * 23)
+    linear = make_linear(QuantScheme(2, 16))
+    solver = LinearAdaRound(ReconstructionLoss(), kind, num_steps=10)
+    with torch.no_grad():
+        solver.solve_linear_(linear, (x.T @ x).double())
+        learned, nearest = (output_errors(linear, x, state) for state in (QuantState.LEARNED, QuantState.NEAREST))
+    assert (learned <= nearest * (1 + 1e-4)).all()
+    assert (learned < 0.99 * nearest).any()
+    assert len(solver.notes) == (learned >= nearest * (1 - 1e-4)).sum() > 0
+
+
+@pytest.mark.parametrize("kind", [AdaRound, DenseSTE, LoRARounding, LoRASTE])
+def test_an_output_on_the_grid_stays_and_does_not_hinder_others(inputs, kind):
+    torch.manual_seed(0)
+    kind = partial(kind, learning_rate=1e-2)
+    linear = make_linear(QuantScheme(2, 16))
+    linear.weight.data[3] = torch.randint(-1, 3, (24,), generator=torch.Generator().manual_seed(3)) * 0.1
+    linear.weight_quantizer.set_range_(linear.weight)
+    on_grid = linear.weight[3].clone()
+    solver = LinearAdaRound(ReconstructionLoss(), kind, num_steps=200)
+    with torch.no_grad():
+        solver.solve_linear_(linear, (inputs.T @ inputs).double())
+        learned, nearest = (output_errors(linear, inputs, s) for s in (QuantState.LEARNED, QuantState.NEAREST))
+        torch.testing.assert_close(linear.weight_quantizer(linear.weight, linear.rounding)[3], on_grid)
+    assert learned.sum() < 0.95 * nearest.sum()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])

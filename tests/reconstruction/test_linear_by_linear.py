@@ -129,7 +129,8 @@ def test_windows_end_better_than_round_to_nearest(make_setup, tiny_llama, segmen
     setup, solver = make_setup(scheme), SOLVERS[name]()
     window = SlidingWindows(1).plan(4)[0]
     result = solver.solve(window, setup.cache, [])
-    assert (result.start, result.stop, result.guard) == (0, 1, None)
+    assert (result.start, result.stop) == (0, 1)
+    assert result.guard is None or (name == "linear_adaround" and "an output kept round-to-nearest" in result.guard)
     assert result.rec_loss_last < result.rec_loss_rtn
     assert result.rec_loss_first == pytest.approx(result.rec_loss_rtn, rel=1e-5)
     assert result.wall_time_seconds > 0

@@ -12,6 +12,7 @@ Shapes: O out_features, I in_features, R rank, G groups a row, g group size (G *
 
 import math
 from abc import ABC, abstractmethod
+from itertools import islice
 
 import torch
 from torch import nn
@@ -77,6 +78,20 @@ class Rounding(nn.Module, ABC):
             InputError: this kind cannot.
         """
         raise InputError("reconstruction.start needs a rounding with one offset a weight: rounding=dense_ste")
+
+    @torch.no_grad()
+    def reset_(self, outputs: torch.Tensor) -> None:
+        """Round some outputs to nearest again.
+
+        Args:
+            outputs: which, (O,), boolean.
+
+        Note: what a kind learns first has a row an output, and one of zeros moves nothing.
+        """
+        for parameter in self.parameters():
+            parameter.nan_to_num_(0, 0, 0)  # zero times it would be no number
+        for parameter in islice(self.parameters(), 1):
+            parameter[outputs] = 0
 
     def harden_(self) -> None:
         """Make every following forward return integers; gradients pass straight through."""

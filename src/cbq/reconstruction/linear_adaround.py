@@ -16,6 +16,8 @@ from cbq.reconstruction.callbacks import BetaAnnealing, HardRounding
 from cbq.reconstruction.linear_by_linear import LinearByLinear
 from cbq.reconstruction.losses import ReconstructionLoss
 
+NOTHING_TO_GAIN = 1e-12  # of an output's square: what float32 makes of weights that are on the grid
+
 
 def output_error(change: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Return what a change of a weight does to each output, squared, summed over inputs: the diagonal of C H C^T, (O,).
@@ -55,8 +57,9 @@ class LinearAdaRound(LinearByLinear):
     Note: the loss is a share of round-to-nearest's, each output's of its own and averaged, so that one compensation
         weight serves all outputs, linears and bits: a weight moved by one step s adds s^2 H_jj, round-to-nearest of the
         I weights of its output about I s^2 mean(H_jj) / 12. Between its two integers a weight then meets a curvature of
-        24 / (O I) H_jj / mean(H_jj) of the loss, and at beta 2 one of -8 / (O I) times the compensation weight: 100
-        drives it to an end for inputs of up to 33 times the mean square.
+        24 / (O I) H_jj / mean(H_jj) of the loss, and at beta 2 one of -8 / (O I) times the compensation weight: 400
+        drives it to an end for inputs of up to 133 times the mean square. Under larger ones weights may be left
+        between, to be rounded blindly: an output that ends worse than by round-to-nearest is rounded to nearest.
         The target is W x on the quantized stream's x, not on full precision's, and there is no activation function
         after it (the paper's Eq. 25 has both): so the loss is a function of the Gram matrix, exact at every step, and
         no inputs are kept.
@@ -67,7 +70,7 @@ class LinearAdaRound(LinearByLinear):
         loss: ReconstructionLoss,
         rounding: Callable[[int, int], Rounding],
         num_steps: int = 1000,
-        compensation_weight: float = 100.0,
+        compensation_weight: float = 400.0,
         beta_start: float = 20.0,
         beta_end: float = 2.0,
         warmup: float = 0.2,
@@ -92,18 +95,18 @@ class LinearAdaRound(LinearByLinear):
         nearest = quantizer(weight, Nearest(linear.out_features, linear.in_features))
         errors = output_error((nearest - weight).double(), gram)
         largest = gram.diagonal().amax()
-        units = (errors / largest).float()
-        # Not finite where there is nothing to gain, or too little for a float: such an output stays as it is.
-        shares = units.reciprocal().nan_to_num(0, 0, 0)
+        # Not finite, or nearly exact: with nothing to gain an output stays as it is.
+        exact = errors <= NOTHING_TO_GAIN * output_error(weight.double(), gram)
+        shares = (largest / errors).float().masked_fill(exact, 0).nan_to_num(0, 0, 0)
         if shares.any() and rounding.learning_rate and list(rounding.parameters()):
             kernels = choose_kernels("auto", weight.device, weight.numel(), self.num_steps)
             with torch.enable_grad(), run_by([quantizer], kernels):
                 self._learn_(rounding, quantizer, weight, (gram / largest).float(), shares)
             rounding.harden_()
             learned = output_error((quantizer(weight, rounding) - weight).double(), gram)
-            if not learned.sum() <= errors.sum():  # also if it is no number
-                self.notes.append("a linear kept round-to-nearest: its learned rounding was worse")
-                rounding = self.rounding(linear.out_features, linear.in_features).to(weight.device)
+            worse = ~(learned <= errors)  # also if it is no number
+            rounding.reset_(worse)
+            self.notes += ["an output kept round-to-nearest: its learned rounding was worse"] * int(worse.sum())
         rounding.harden_()
         linear.rounding = rounding.requires_grad_(False)
 
