@@ -186,3 +186,22 @@ def test_a_block_learned_before_is_kept_where_that_is_better(make_setup, make_so
     assert "fell back to the window's start" in result.guard
     assert all(torch.equal(p, learned[name]) for name, p in setup.blocks[1].named_parameters())
     assert result.rec_loss_last == result.rec_loss_first
+
+
+@pytest.mark.parametrize("spoiled", ["first", "nearest"])
+def test_what_is_a_number_is_kept_where_what_it_is_held_against_is_none(
+    make_setup, make_solver, monkeypatch, spoiled
+) -> None:
+    """Falling back would put a loss that is no number in the place of one that is."""
+    setup, solver = make_setup(W4A4), make_solver()
+    measured, order = [], ["first", "nearest", "last"]
+    measure = solver.measure
+
+    def spoil(*args) -> float:
+        measured.append(measure(*args))
+        return float("nan") if order[len(measured) - 1] == spoiled else measured[-1]
+
+    monkeypatch.setattr(solver, "measure", spoil)
+    result = solver.solve(WINDOWS[0], setup.cache, [])
+    assert result.guard is None
+    assert result.rec_loss_last == measured[2] < measured[1]

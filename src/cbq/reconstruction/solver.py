@@ -3,6 +3,7 @@
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from math import isnan
 
 import lightning as L
 import torch
@@ -201,13 +202,13 @@ class Reconstruction(WindowSolver):
         """
         done = [self.finite_steps.describe()]
         kept = last
-        if not last <= task.first:  # also where it is not a number
+        if isnan(last) or last > task.first:
             restore_(module, self.finite_steps.start)
             if scaling:
                 scaling.reset_()
             kept = task.first
             done.append(f"fell back to the window's start: the loss ended at {last:.4g}, not {task.first:.4g}")
-        if not kept <= task.nearest:
+        if isnan(kept) or kept > task.nearest:
             restore_(module, self.finite_steps.start)  # what is no rounding
             if scaling:
                 scaling.reset_()
