@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cbq.errors import InputError
+from cbq.quant.low_rank import low_rank_factors
 from cbq.quant.quantizer import WeightQuantizer
 from cbq.quant.rounding import (
     AdaRound,
@@ -15,7 +16,6 @@ from cbq.quant.rounding import (
     LoRASTE,
     Nearest,
     Rounding,
-    low_rank_factors,
 )
 from cbq.quant.sigmoid import compensation_loss, rectified_sigmoid, shifted_rectified_sigmoid
 

@@ -21,6 +21,7 @@ from cbq.errors import InputError
 from cbq.quant.affine import round_ste
 from cbq.quant.formulas import HARD_SIGMOID, NEAREST, SOFT_SIGMOID, straight_through
 from cbq.quant.logits import DenseLogits, Fusion, LogitsSource, LowRankLogits, NoLogits
+from cbq.quant.low_rank import low_rank_factors, low_rank_product
 from cbq.quant.sigmoid import compensation_loss, shifted_rectified_sigmoid
 
 
@@ -279,27 +280,3 @@ class LoRASTE(StraightThroughRounding):
 
     def offset(self) -> torch.Tensor:
         return low_rank_product(self.a1, self.a2)
-
-
-def low_rank_factors(out_features: int, in_features: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return A_1 (O, R), Gaussian, and A_2 (R, I), zero, so that A_1 A_2 starts at zero.
-
-    Raises:
-        InputError: rank is not an integer of at least 1.
-
-    Source: Eq. 11.
-    Note: the paper prints no variance. 1 / R keeps the size of A_1 A_2 independent of the rank.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"rounding.rank must be an integer of at least 1, got {rank!r}")
-    rank = min(rank, out_features, in_features)
-    return (
-        nn.Parameter(torch.randn(out_features, rank) / math.sqrt(rank)),
-        nn.Parameter(torch.zeros(rank, in_features)),
-    )
-
-
-def low_rank_product(a1: torch.Tensor, a2: torch.Tensor) -> torch.Tensor:
-    """Return A_1 A_2 in float32, also where other matrix products are in bfloat16: integers must not depend on that."""
-    with torch.autocast(a1.device.type, enabled=False):
-        return a1 @ a2
