@@ -1,5 +1,6 @@
 """What several test modules need: a tiny LLaMA on disk, a text, and a network that is really off."""
 
+import gc
 import pydoc_data.topics
 import socket
 import sys
@@ -107,3 +108,9 @@ def command(tmp_path_factory):
         return exit_info.value.code
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def older_objects_left_alone() -> None:
+    """Let the garbage collector pass over what is there already: modules, most of all, which it takes long to walk."""
+    gc.freeze()
